@@ -1,0 +1,97 @@
+# Targets are told by `make help`. Everything is made inside this folder (.venv, target, dist); system packages only where some are missing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+# A plain cargo build of the binding must not look for a Python to link with; the same value everywhere spares rebuilding it.
+export PYO3_BUILD_EXTENSION_MODULE := 1
+export PYO3_PYTHON := $(CURDIR)/.venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+FUZZ_SECONDS ?= 600
+CHECK := setup format clippy rust develop lint types stubs python
+TEST := $(CHECK) loom tsan fuzz-minute slow
+
+.PHONY: help check test fix demo wheel bench fuzz clean \
+        setup format clippy rust develop lint types stubs python loom tsan fuzz-tool fuzz-minute slow
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: ## the quick loop: format, lints, types, Rust and Python tests
+	@scripts/stages.sh $(CHECK)
+
+test: ## everything: check, loom, ThreadSanitizer, a minute of each fuzz target, the packages
+	@scripts/stages.sh $(TEST)
+
+fix: setup ## format everything, and mend what ruff can
+	cargo fmt --all
+	ruff check --quiet --fix
+	ruff format --quiet
+
+demo: setup develop ## set up, then run the examples
+	python examples/rng.py
+	python examples/new_device.py
+
+wheel: setup ## wheel (abi3, manylinux_2_28) and sdist into dist/
+	scripts/wheel.sh dist
+
+bench: setup ## benchmarks, Rust and Python, built for speed (see benches/README.md)
+	PIP_QUIET=1 maturin develop --quiet --release --locked
+	cargo bench --locked --workspace
+	pytest benches
+
+fuzz: setup fuzz-tool ## fuzz each target for FUZZ_SECONDS (600)
+	scripts/fuzz.sh $(FUZZ_SECONDS)
+
+loom: setup ## the loom model of publish, arm and decide, and of its fences
+	scripts/loom.sh
+
+tsan: setup ## the two-thread ring test under ThreadSanitizer
+	scripts/tsan.sh
+
+clean: ## remove what was built
+	rm -rf target rust/fuzz/{target,corpus,artifacts} benches/peers/rings/target dist .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .benchmarks python/virtio/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stages of check and test.
+
+setup: ## system packages and development tools, where missing
+	@scripts/setup.sh
+
+format:
+	cargo fmt --all --check
+	ruff format --check --quiet
+
+clippy:
+	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+
+rust:
+	cargo test --quiet --locked --workspace
+
+develop:
+	PIP_QUIET=1 maturin develop --quiet --locked
+
+lint:
+	ruff check --quiet
+
+types:
+	mypy
+
+stubs:
+	python -m mypy.stubtest virtio._core
+
+python:
+	pytest -m "not slow"
+
+fuzz-tool:
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked --root .venv cargo-fuzz
+
+fuzz-minute: fuzz-tool
+	scripts/fuzz.sh 60
+
+slow:
+	pytest -m slow

@@ -1,0 +1,367 @@
+"""The device's side (2.1.2, 2.2.2, 3.1): one core that every transport serves, and the base class of device types.
+
+A device type is constants and a handler for each queue:
+
+    class Dice(Device):
+        device_id = DeviceId.ENTROPY
+        queues = ("requestq",)
+
+        def on_requestq(self, queue: DeviceQueue) -> None:
+            for chain in queue.pop(limit=64):
+                queue.complete(chain, chain.write(os.urandom(min(chain.writable, 4096))))
+            queue.publish()
+
+The driver is not trusted. What it asks for out of order, or with impossible numbers, is refused with an exception and changes nothing; a
+transport made of registers ignores such a write. A broken rule in a queue makes the device need a reset.
+"""
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from threading import RLock
+from typing import ClassVar, Final, NamedTuple
+
+from virtio._core import DeviceQueue, EventFd, GuestMemory
+from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError
+from virtio.features import Features, Requires, broken_rules, check_accepted
+from virtio.spec import Feature, Status
+from virtio.status import StatusTable, locked
+from virtio.transport import check_negotiable
+
+RING_FEATURES: Final = Features({Feature.VERSION_1, Feature.RING_PACKED, Feature.EVENT_IDX, Feature.INDIRECT_DESC, Feature.RING_RESET})
+"""What every device offers beside its type's own features. IN_ORDER is the type's to offer: its handlers must keep the order."""
+
+POLL_ROUNDS: Final = 64
+"""How often one `poll` calls a queue's handler at most, so that a driver that never stops does not keep it for ever."""
+
+
+class DeviceState(Enum):
+    """How far the driver has come (3.1.1), as the status bits tell."""
+
+    RESET = "reset"
+    ACKNOWLEDGE = "acknowledge"
+    DRIVER = "driver"
+    FEATURES_OK = "features ok"
+    DRIVER_OK = "driver ok"
+    NEEDS_RESET = "needs reset"
+    FAILED = "failed"
+
+
+class DeviceStep(Enum):
+    """What a driver may ask of a device, in any state; and NEED_RESET, which is the device's own."""
+
+    RESET = "reset"
+    ACKNOWLEDGE = "setting ACKNOWLEDGE"
+    DRIVER = "setting DRIVER"
+    ACCEPT = "accepting features"
+    FEATURES_OK = "setting FEATURES_OK"
+    SETUP_QUEUE = "setting up a queue"
+    RESET_QUEUE = "resetting a queue"
+    REENABLE_QUEUE = "setting up a queue that was reset"
+    WRITE_CONFIG = "writing the configuration"
+    DRIVER_OK = "setting DRIVER_OK"
+    FAIL = "setting FAILED"
+    NEED_RESET = "setting NEEDS_RESET"
+
+
+_R, _A, _D, _F, _L, _N, _X = DeviceState
+# fmt: off
+DEVICE_TABLE: Final = StatusTable("device", DeviceState, DeviceStep, {
+    #    RESET ACKN. DRIVER ACCEPT F_OK  SETUP RST_Q REENA CONFIG D_OK  FAIL  NEED
+    _R: (_R,   _A,   None,  None,  None, None, None, None, None,  None, _X,   _N),
+    _A: (_R,   None, _D,    None,  None, None, None, None, None,  None, _X,   _N),
+    _D: (_R,   None, None,  _D,    _F,   None, None, None, None,  None, _X,   _N),
+    _F: (_R,   None, None,  None,  None, _F,   _F,   _F,   _F,    _L,   _X,   _N),
+    _L: (_R,   None, None,  None,  None, None, _L,   _L,   _L,    None, _X,   _N),
+    _N: (_R,   None, None,  None,  None, None, None, None, None,  None, _X,   _N),
+    _X: (_R,   None, None,  None,  None, None, None, None, None,  None, None, _X),
+})
+# fmt: on
+"""Writing a bit that is set already is no step. Serving queues needs DRIVER_OK (2.1.2)."""
+
+# In the order of the initialization sequence: one write may set several.
+_STATUS_STEPS: Final = (
+    (Status.ACKNOWLEDGE, DeviceStep.ACKNOWLEDGE),
+    (Status.DRIVER, DeviceStep.DRIVER),
+    (Status.FEATURES_OK, DeviceStep.FEATURES_OK),
+    (Status.DRIVER_OK, DeviceStep.DRIVER_OK),
+    (Status.FAILED, DeviceStep.FAIL),
+)
+_STATES: Final = (
+    (Status.FAILED, DeviceState.FAILED),
+    (Status.NEEDS_RESET, DeviceState.NEEDS_RESET),
+    (Status.DRIVER_OK, DeviceState.DRIVER_OK),
+    (Status.FEATURES_OK, DeviceState.FEATURES_OK),
+    (Status.DRIVER, DeviceState.DRIVER),
+    (Status.ACKNOWLEDGE, DeviceState.ACKNOWLEDGE),
+)
+
+
+class _Served(NamedTuple):
+    """An enabled queue, what wakes the device for it, and who serves it."""
+
+    queue: DeviceQueue
+    doorbell: EventFd
+    handler: Callable[[DeviceQueue], None]
+
+
+class Device:
+    """Base class of device types, and all that a transport needs of one.
+
+    A subclass sets `device_id` and `queues`, the queues' names by index, and has a method `on_<name>(queue)` for each: called while the
+    queue may have buffers, it pops some, completes and publishes them. It may leave buffers in the queue, or complete them later from
+    anywhere. A `SpecViolation` that it raises or lets through makes the device need a reset; any other exception is left to whoever called
+    `poll`.
+
+    `config` is the configuration space (2.5), `features` are the bits that the type offers beside `RING_FEATURES`, `rules` the
+    dependencies between them. `offered` replaces all that is offered, in one object.
+    """
+
+    device_id: ClassVar[int]
+    queues: ClassVar[tuple[str, ...]] = ()
+    queue_size: ClassVar[int] = 256
+    """Most entries of a queue: a power of two, at most 32768."""
+    features: ClassVar[Iterable[int]] = ()
+    rules: ClassVar[tuple[Requires, ...]] = ()
+    config: bytes = b""
+
+    def __init__(self, *, offered: Iterable[int] | None = None) -> None:
+        """ValueError: a bit that no device may offer (2.2.2), or one without another that it requires. TypeError: a handler is missing."""
+        self.offered: Final = RING_FEATURES | Features(self.features) if offered is None else Features(offered) | {Feature.VERSION_1}
+        check_negotiable(self.offered)
+        if broken := broken_rules(self.offered, self.rules):
+            raise ValueError(f"features offered without what they require: {broken}")
+        self._handlers: list[Callable[[DeviceQueue], None]] = []
+        for name in self.queues:
+            if not callable(handler := getattr(self, f"on_{name}", None)):
+                raise TypeError(f"{type(self).__name__} has no method on_{name} for its queue {name!r}")
+            self._handlers.append(handler)
+        self.memory: Final = GuestMemory()
+        """What of the driver's memory the device reaches; the transport fills it."""
+        self.refused: FeatureNegotiationError | None = None
+        """Why FEATURES_OK did not stick the last time, if it did not."""
+        self._lock = RLock()
+        self._status = Status(0)
+        self._accepted = Features()
+        self._served: dict[int, _Served] = {}
+        self._queues_reset: set[int] = set()
+        self._config_interrupt: EventFd | None = None
+        self._config_generation = 0
+
+    # What a device type may override, beside its queues' handlers.
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        """The driver writes configuration bytes inside `config`. ValueError, as here: they are read-only."""
+        raise ValueError(f"configuration bytes {offset}..{offset + len(data)} are read-only")
+
+    def was_reset(self) -> None:
+        """The driver has reset the device (2.4): queues and chains of before are gone."""
+
+    # What a device type calls.
+
+    @locked
+    def change_config(self, config: bytes) -> None:
+        """Replaces the configuration, changes its generation (2.5), and notifies a driver that has set DRIVER_OK (3.2.1)."""
+        self.config = config
+        self._config_generation = (self._config_generation + 1) % (1 << 32)
+        self._notify_config()
+
+    @locked
+    def need_reset(self) -> None:
+        """Stops until the driver resets the device: sets NEEDS_RESET, and under DRIVER_OK notifies the driver (2.1.2)."""
+        DEVICE_TABLE.target(self.state, DeviceStep.NEED_RESET)
+        if Status.NEEDS_RESET not in self._status:
+            self._status |= Status.NEEDS_RESET
+            self._notify_config()
+
+    # The far end, for transports.
+
+    @property
+    def state(self) -> DeviceState:
+        """How far the driver has come."""
+        return next((state for bit, state in _STATES if bit in self._status), DeviceState.RESET)
+
+    @property
+    def status(self) -> Status:
+        """The device status field (2.1)."""
+        return self._status
+
+    @property
+    def accepted(self) -> Features:
+        """What the driver has accepted; from FEATURES_OK on it does not change until reset."""
+        return self._accepted
+
+    @property
+    def config_generation(self) -> int:
+        """Counts changes of the configuration (2.5), modulo 2**32."""
+        return self._config_generation
+
+    def connect(self, config_interrupt: EventFd | None) -> None:
+        """Gives the device what it signals for configuration-change notifications. StatusError: it has one, so it is on a transport."""
+        if config_interrupt is not None and self._config_interrupt is not None:
+            raise StatusError("the device is on a transport already")
+        self._config_interrupt = config_interrupt
+
+    @locked
+    def accept(self, features: Features) -> None:
+        """The driver writes what it accepts (3.1.1 step 4). Whether that can be is said at FEATURES_OK. StatusError: out of order."""
+        DEVICE_TABLE.target(self.state, DeviceStep.ACCEPT)
+        self._accepted = Features(features)
+
+    @locked
+    def write_status(self, value: int) -> None:
+        """The driver writes the status field (2.1.1); 0 is a reset.
+
+        FEATURES_OK does not stick if the accepted features are not a valid subset of the offered ones: `refused` then tells why.
+        StatusError: a bit is cleared or set out of order, and nothing changes. ValueError: wider than 8 bits. Bits that are not the
+        driver's are ignored.
+        """
+        if not 0 <= value <= 0xFF:
+            raise ValueError(f"status {value:#x} is outside 0..0xff")
+        if value == 0:
+            self.reset()
+            return
+        if cleared := [bit.name for bit, _ in _STATUS_STEPS if bit in self._status and not bit & value]:
+            raise StatusError(f"device: status bits {', '.join(map(str, cleared))} are cleared only by a reset (2.1.1)")
+        new = [(bit, step) for bit, step in _STATUS_STEPS if bit & value and bit not in self._status]
+        state = self.state
+        for _, step in new:  # all or nothing
+            state = DEVICE_TABLE.target(state, step)
+        for bit, _ in new:
+            if bit is Status.FEATURES_OK and not self._features_stick():
+                return
+            self._status |= bit
+            if bit is Status.DRIVER_OK:
+                for served in self._served.values():  # whoever sleeps on the doorbells looks once at what was published before
+                    served.doorbell.signal()
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Configuration bytes, in any state (2.5.2). ValueError: outside the configuration."""
+        self._check_config(offset, length)
+        return bytes(self.config[offset : offset + length])
+
+    @locked
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes the configuration. StatusError: before FEATURES_OK (3.1.1). ValueError: outside it, or read-only."""
+        DEVICE_TABLE.target(self.state, DeviceStep.WRITE_CONFIG)
+        self._check_config(offset, len(data))
+        self.config_written(offset, data)
+
+    def queue_max(self, index: int) -> int:
+        """Most entries that queue `index` may have; 0 if there is no such queue."""
+        return self.queue_size if 0 <= index < len(self.queues) else 0
+
+    def queue(self, index: int) -> DeviceQueue | None:
+        """The enabled queue at `index`, for devices that serve it outside its handler."""
+        served = self._served.get(index)
+        return None if served is None else served.queue
+
+    @locked
+    def setup_queue(self, index: int, size: int, areas: tuple[int, int, int], *, doorbell: EventFd, interrupt: EventFd | None) -> None:
+        """Enables a queue; until reset its size and areas stay (3.1.1 step 7, 2.6.1).
+
+        `doorbell` is what the driver rings, `interrupt` what used-buffer notifications signal. StatusError: out of order, or the queue is
+        enabled. ValueError: no such queue, a size that it may not have, or areas unaligned or outside memory.
+        """
+        step = DeviceStep.REENABLE_QUEUE if index in self._queues_reset else DeviceStep.SETUP_QUEUE
+        DEVICE_TABLE.target(self.state, step)
+        if not (most := self.queue_max(index)):
+            raise ValueError(f"queue {index} does not exist: the device has {len(self.queues)}")
+        if index in self._served:
+            raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
+        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most)
+        queue.connect(interrupt)
+        self._served[index] = _Served(queue, doorbell, self._handlers[index])
+        self._queues_reset.discard(index)
+
+    @locked
+    def reset_queue(self, index: int) -> None:
+        """Forgets all about one queue (2.6.1.1), which may then be set up again. StatusError: out of order, or without RING_RESET."""
+        DEVICE_TABLE.target(self.state, DeviceStep.RESET_QUEUE)
+        if Feature.RING_RESET not in self._accepted:
+            raise StatusError(f"queue {index} cannot be reset: RING_RESET (bit {Feature.RING_RESET.value}) was not negotiated (2.6.1)")
+        if (served := self._served.pop(index, None)) is None:
+            raise StatusError(f"queue {index} is not enabled")
+        served.queue.close()
+        self._queues_reset.add(index)
+
+    @locked
+    def reset(self) -> None:
+        """Back to the beginning (2.4.1): status 0, no features accepted, no queue enabled."""
+        DEVICE_TABLE.target(self.state, DeviceStep.RESET)
+        for served in self._served.values():
+            served.queue.close()
+        self._served.clear()
+        self._queues_reset.clear()
+        self._accepted = Features()
+        self._status = Status(0)
+        self.was_reset()
+
+    @locked
+    def poll(self) -> int:
+        """Serves every queue until the driver has made nothing more available; returns how many handler calls that took.
+
+        Before DRIVER_OK, and once a reset is needed, nothing is served (2.1.2). Each queue is left asking for a notification, or with its
+        doorbell signalled by ourselves if there is more to do than `POLL_ROUNDS` allows. SpecViolation: the driver broke a rule; the device
+        needs a reset from then on. Whatever else a handler raises comes through as well, with the queue ready to be polled again.
+        """
+        calls = 0
+        ready = dict(self._served)
+        for _ in range(POLL_ROUNDS):
+            for index, served in list(ready.items()):
+                if self.state is not DeviceState.DRIVER_OK:
+                    return calls
+                if served.queue.broken is not None:  # found outside its handler
+                    self.need_reset()
+                    return calls
+                served.doorbell.drain()
+                if not served.queue.arm():
+                    del ready[index]
+                    continue
+                calls += 1
+                if not self._serve(served):
+                    del ready[index]
+            if not ready:
+                break
+        for served in ready.values():
+            served.doorbell.signal()
+        return calls
+
+    def _serve(self, served: _Served) -> bool:
+        """Calls the handler once; tells whether it took anything, so that looking again makes sense."""
+        queue = served.queue
+        queue.disarm()
+        before = queue.base
+        try:
+            served.handler(queue)
+        except SpecViolation:
+            self.need_reset()
+            raise
+        except BaseException:
+            served.doorbell.signal()  # what it left is looked at again
+            raise
+        if queue.broken is not None:  # the handler kept the exception to itself
+            self.need_reset()
+            return False
+        if queue.base == before:
+            queue.arm()
+            return False
+        return True
+
+    def _features_stick(self) -> bool:
+        self.refused = None
+        try:
+            check_accepted(self._accepted, self.offered, self.rules)
+            if Feature.VERSION_1 not in self._accepted:
+                missing = Features({Feature.VERSION_1})
+                raise FeatureNegotiationError(f"{missing} was not accepted: there is no legacy interface (6.2)", self.offered, missing)
+        except FeatureNegotiationError as refused:
+            self.refused = refused
+        return self.refused is None
+
+    def _notify_config(self) -> None:
+        if Status.DRIVER_OK in self._status and self._config_interrupt is not None:
+            self._config_interrupt.signal()
+
+    def _check_config(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > len(self.config):
+            raise ValueError(f"configuration bytes {offset}..{offset + length} are outside 0..{len(self.config)}")

@@ -1,0 +1,142 @@
+//! How one side tells the other that there is work: an eventfd, or a store into a device's register.
+
+use crate::error::{MemoryError, last_errno};
+use crate::registers::Registers;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An eventfd, non-blocking.
+#[derive(Debug)]
+pub struct EventFd {
+    fd: OwnedFd,
+}
+
+impl EventFd {
+    /// A new one, not signalled, closed on exec.
+    ///
+    /// # Errors
+    /// `Os` if the process has no descriptor left.
+    pub fn new() -> Result<Self, MemoryError> {
+        // SAFETY: eventfd touches no memory; a descriptor that comes back is ours alone.
+        unsafe {
+            match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
+                fd if fd < 0 => Err(MemoryError::last_os("eventfd")),
+                fd => Ok(Self { fd: OwnedFd::from_raw_fd(fd) }),
+            }
+        }
+    }
+
+    /// One that somebody passed. It is made non-blocking, for all who share it: else a peer could make `signal` wait.
+    ///
+    /// # Errors
+    /// `Os` if its flags cannot be changed.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, MemoryError> {
+        // SAFETY: fcntl with these commands touches no memory.
+        unsafe {
+            let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+            if flags < 0 || libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
+                return Err(MemoryError::last_os("fcntl(O_NONBLOCK)"));
+            }
+        }
+        Ok(Self { fd })
+    }
+
+    /// Signals it. One that holds as many signals as it can is signalled already.
+    ///
+    /// # Errors
+    /// `Os` if a passed descriptor turns out to take no such write.
+    #[inline]
+    pub fn signal(&self) -> Result<(), MemoryError> {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight readable bytes.
+        let written = unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        if written >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR) { Ok(()) } else { Err(MemoryError::last_os("write")) }
+    }
+
+    /// Takes the signals; how many there were, 0 if none.
+    ///
+    /// # Errors
+    /// `Os` if a passed descriptor turns out to allow no such read.
+    pub fn drain(&self) -> Result<u64, MemoryError> {
+        let mut count = [0; 8];
+        // SAFETY: eight writable bytes.
+        let read = unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+        if read >= 0 || last_errno() == libc::EAGAIN { Ok(u64::from_ne_bytes(count)) } else { Err(MemoryError::last_os("read")) }
+    }
+
+    /// Waits until it is signalled, at most `timeout` (`None`: for ever); true if it is. The signals stay until [`EventFd::drain`].
+    ///
+    /// # Errors
+    /// `Os` with EINTR if a signal handler ran, so that the caller can act on it and wait again.
+    pub fn wait(&self, timeout: Option<Duration>) -> Result<bool, MemoryError> {
+        let limit = timeout.map(|time| libc::timespec {
+            tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        });
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, a time limit or null, and no signal mask.
+        let ready = unsafe { libc::ppoll(&mut poll, 1, limit.as_ref().map_or(std::ptr::null(), |limit| limit), std::ptr::null()) };
+        if ready < 0 { Err(MemoryError::last_os("ppoll")) } else { Ok(ready > 0) }
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A register that takes notifications; its place was checked.
+#[derive(Clone, Debug)]
+pub struct RegisterDoorbell {
+    registers: Registers,
+    offset: usize,
+    wide: bool,
+}
+
+/// What a transport chose for telling the other side.
+#[derive(Clone, Debug, Default)]
+pub enum Doorbell {
+    /// Nobody to tell: the other side polls.
+    #[default]
+    None,
+    /// An eventfd.
+    EventFd(Arc<EventFd>),
+    /// A store into a register; see [`Doorbell::register`].
+    Register(RegisterDoorbell),
+}
+
+impl Doorbell {
+    /// A register of 2 bytes, or of 4 with VIRTIO_F_NOTIFICATION_DATA (4.1.5.2), at this offset.
+    ///
+    /// # Errors
+    /// `BadSize` for another width; `OutOfRange` or `Misaligned` for a place that the registers do not have.
+    pub fn register(registers: Registers, offset: usize, width: usize) -> Result<Self, MemoryError> {
+        let place = (offset as u64, width as u64, registers.len() as u64);
+        if !matches!(width, 2 | 4) {
+            return Err(MemoryError::BadSize { what: "doorbell width", value: place.1, min: 2, max: 4, multiple_of: 2 });
+        }
+        if !offset.is_multiple_of(width) {
+            return Err(MemoryError::Misaligned { address: place.0, align: place.1 });
+        }
+        if place.0.saturating_add(place.1) > place.2 {
+            return Err(MemoryError::OutOfRange { offset: place.0, len: place.1, size: place.2 });
+        }
+        Ok(Self::Register(RegisterDoorbell { registers, offset, wide: width == 4 }))
+    }
+
+    /// Tells the other side. A register gets the value (its low 16 bits if it is 2 bytes wide), an eventfd carries none.
+    ///
+    /// # Errors
+    /// `Os` if a passed descriptor is no eventfd; `Misaligned` if the register block itself is not aligned.
+    #[inline]
+    pub fn ring(&self, value: u32) -> Result<(), MemoryError> {
+        match self {
+            Self::None => Ok(()),
+            Self::EventFd(event) => event.signal(),
+            Self::Register(RegisterDoorbell { registers, offset, wide: true }) => registers.write32(*offset, value),
+            Self::Register(RegisterDoorbell { registers, offset, wide: false }) => registers.write16(*offset, value as u16),
+        }
+    }
+}

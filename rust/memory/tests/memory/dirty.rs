@@ -1,0 +1,83 @@
+//! The dirty bitmap marks exactly the pages written.
+
+use crate::memory;
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use virtio_memory::{DirtyBitmap, MemoryError, PAGE_SIZE, Region, RegionTable};
+
+fn pages(bytes: &[u8]) -> BTreeSet<u64> {
+    (0..bytes.len() as u64 * 8).filter(|page| bytes[(page / 8) as usize] >> (page % 8) & 1 == 1).collect()
+}
+
+#[test]
+fn each_kind_of_write_marks_its_pages_and_no_read_does() {
+    let bitmap = Arc::new(DirtyBitmap::new(20).unwrap());
+    let regions = vec![
+        Region::new(0, 5 * PAGE_SIZE, memory(5 * 4096), 0).unwrap(),
+        Region::new(5 * PAGE_SIZE, 15 * PAGE_SIZE, memory(15 * 4096), 0).unwrap(),
+    ];
+    let table = RegionTable::new(regions, Some(bitmap.clone())).unwrap();
+    let slots = memory(16384);
+    let taken = || pages(&bitmap.take());
+
+    table.write(4095, &[1, 2]).unwrap();
+    assert_eq!(taken(), BTreeSet::from([0, 1]));
+    table.write(5 * PAGE_SIZE - 1, &[1; 4097]).unwrap();
+    assert_eq!(taken(), BTreeSet::from([4, 5]));
+    table.store(7 * PAGE_SIZE + 8, 8, 1).unwrap();
+    assert_eq!(taken(), BTreeSet::from([7]));
+    table.copy_in(9 * PAGE_SIZE, 8193, &slots, 0).unwrap();
+    assert_eq!(taken(), BTreeSet::from([9, 10, 11]));
+    table.mark(19 * PAGE_SIZE, 4096);
+    assert_eq!(taken(), BTreeSet::from([19]));
+
+    table.read(0, &mut [0; 100]).unwrap();
+    table.load(0, 8).unwrap();
+    table.copy_out(0, 100, &slots, 0).unwrap();
+    table.span(0, 100).unwrap();
+    table.write(0, &[]).unwrap();
+    assert!(table.write(20 * PAGE_SIZE - 1, &[1, 2]).is_err());
+    assert!(table.store(0, 1, 256).is_err());
+    assert_eq!(taken(), BTreeSet::new());
+}
+
+#[test]
+fn pages_beyond_the_bitmap_are_left_out() {
+    let bitmap = DirtyBitmap::new(9).unwrap();
+    assert_eq!(bitmap.pages(), 9);
+    bitmap.mark(8 * PAGE_SIZE, u64::MAX);
+    bitmap.mark(9 * PAGE_SIZE, 1);
+    bitmap.mark(u64::MAX, 1);
+    bitmap.mark(u64::MAX, u64::MAX);
+    bitmap.mark(0, 0);
+    assert_eq!(bitmap.take(), [0, 1]);
+    bitmap.mark(0, u64::MAX);
+    assert_eq!(bitmap.take(), [0xff, 1]);
+}
+
+#[test]
+fn a_bitmap_of_no_or_too_many_pages_is_refused() {
+    for value in [0, (1 << 30) + 1, u64::MAX] {
+        let error = MemoryError::BadSize { what: "dirty bitmap's pages", value, min: 1, max: 1 << 30, multiple_of: 1 };
+        assert_eq!(DirtyBitmap::new(value).unwrap_err(), error);
+    }
+}
+
+proptest! {
+    #[test]
+    fn marks_agree_with_a_set_of_pages(marks in prop::collection::vec((0..1_200_000u64, 0..300_000u64), 0..8)) {
+        let bitmap = DirtyBitmap::new(257).unwrap();
+        let mut model = BTreeSet::new();
+        for (address, len) in marks {
+            bitmap.mark(address, len);
+            if len > 0 {
+                model.extend((address / PAGE_SIZE..=(address + len - 1) / PAGE_SIZE).filter(|page| *page < 257));
+            }
+        }
+        let bytes = bitmap.take();
+        prop_assert_eq!(bytes.len(), 33);
+        prop_assert_eq!(pages(&bytes), model);
+        prop_assert!(bitmap.take().iter().all(|byte| *byte == 0));
+    }
+}

@@ -1,0 +1,88 @@
+//! Eventfds and register doorbells.
+
+use crate::memory;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::Duration;
+use virtio_memory::{Doorbell, EventFd, MemoryError, Registers};
+
+const NOW: Option<Duration> = Some(Duration::ZERO);
+
+#[test]
+fn signals_are_counted_and_taken() {
+    let event = EventFd::new().unwrap();
+    assert_eq!((event.wait(NOW), event.drain()), (Ok(false), Ok(0)));
+    event.signal().unwrap();
+    event.signal().unwrap();
+    assert_eq!((event.wait(None), event.wait(Some(Duration::MAX))), (Ok(true), Ok(true)));
+    assert_eq!((event.drain(), event.drain()), (Ok(2), Ok(0)));
+    assert_eq!(event.wait(Some(Duration::from_nanos(1))), Ok(false));
+}
+
+#[test]
+fn one_that_holds_all_it_can_does_not_block() {
+    let event = EventFd::new().unwrap();
+    let mut file = std::fs::File::from(event.as_fd().try_clone_to_owned().unwrap());
+    file.write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
+    event.signal().unwrap();
+    assert_eq!(event.drain(), Ok(u64::MAX - 1));
+}
+
+#[test]
+fn a_passed_descriptor_is_made_non_blocking() {
+    // SAFETY: eventfd touches no memory; the descriptor that comes back is ours alone.
+    let passed = unsafe { std::os::fd::OwnedFd::from_raw_fd(libc::eventfd(0, 0)) };
+    use std::os::fd::FromRawFd;
+    let other = passed.try_clone().unwrap();
+    let event = EventFd::from_fd(passed).unwrap();
+    // SAFETY: fcntl with this command touches no memory.
+    assert_ne!(unsafe { libc::fcntl(other.as_raw_fd(), libc::F_GETFL) } & libc::O_NONBLOCK, 0);
+    assert_eq!(event.drain(), Ok(0));
+    event.signal().unwrap();
+    assert_eq!(EventFd::from_fd(other).unwrap().drain(), Ok(1));
+}
+
+#[test]
+fn a_passed_descriptor_that_is_no_eventfd_is_an_error_when_used() {
+    let (read_end, write_end) = std::io::pipe().unwrap();
+    let (read_end, write_end) = (EventFd::from_fd(read_end.into()).unwrap(), EventFd::from_fd(write_end.into()).unwrap());
+    assert_eq!(read_end.signal(), Err(MemoryError::Os { operation: "write", errno: libc::EBADF }));
+    assert_eq!(write_end.drain(), Err(MemoryError::Os { operation: "read", errno: libc::EBADF }));
+}
+
+#[test]
+fn a_waiting_thread_is_woken() {
+    let event = Arc::new(EventFd::new().unwrap());
+    let waiter = std::thread::spawn({
+        let event = event.clone();
+        move || event.wait(None)
+    });
+    Doorbell::EventFd(event).ring(5).unwrap();
+    assert_eq!(waiter.join().unwrap(), Ok(true));
+}
+
+#[test]
+fn a_register_gets_the_value_at_its_width() {
+    let device = memory(4096);
+    let registers = Registers::new(device.span(0, 16).unwrap());
+    Doorbell::register(registers.clone(), 4, 4).unwrap().ring(0x8001_0003).unwrap();
+    Doorbell::register(registers.clone(), 10, 2).unwrap().ring(0x8001_0003).unwrap();
+    let mut bytes = [0; 16];
+    device.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [0, 0, 0, 0, 3, 0, 1, 0x80, 0, 0, 3, 0, 0, 0, 0, 0]);
+    Doorbell::default().ring(1).unwrap();
+}
+
+#[test]
+fn a_register_that_is_not_there_is_refused() {
+    let registers = Registers::new(memory(4096).span(0, 16).unwrap());
+    let make = |offset, width| Doorbell::register(registers.clone(), offset, width).err();
+    for width in [0, 1, 3, 8] {
+        assert!(matches!(make(0, width), Some(MemoryError::BadSize { value, min: 2, max: 4, .. }) if value == width as u64));
+    }
+    assert_eq!(make(2, 4), Some(MemoryError::Misaligned { address: 2, align: 4 }));
+    assert_eq!(make(16, 2), Some(MemoryError::OutOfRange { offset: 16, len: 2, size: 16 }));
+    assert_eq!(make(usize::MAX - 1, 2), Some(MemoryError::OutOfRange { offset: u64::MAX - 1, len: 2, size: 16 }));
+    assert!(make(12, 4).is_none() && make(14, 2).is_none());
+}

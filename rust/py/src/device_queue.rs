@@ -1,0 +1,378 @@
+//! `DeviceQueue`: the device's side of one virtqueue.
+
+use crate::args::Int;
+use crate::batch::ChainBatch;
+use crate::burst::Burst;
+use crate::chain::Chain;
+use crate::errors::{self, Error};
+use crate::eventfd::EventFd;
+use crate::guest::GuestMemory;
+use crate::lock::{lock, lock_pool};
+use crate::ring::{self, Ring};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::sync::{Arc, Mutex, MutexGuard};
+use virtio_memory::{BoundToProcess, Doorbell};
+use virtio_net_path::DeviceBursts;
+use virtqueue::event::Cursor;
+use virtqueue::packed::{PackedDevice, PackedRing};
+use virtqueue::split::{SplitDevice, SplitRing};
+use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingState, check_chain_limit, spans};
+
+/// What is there until reset or close.
+pub struct Open {
+    pub queue: virtqueue::DeviceQueue<AnyDevice>,
+    interrupt: Doorbell,
+    bursts: DeviceBursts,
+    /// For `pop`; made when it is first called.
+    popped: Option<virtqueue::ChainBatch>,
+}
+
+impl Open {
+    /// Shows what was completed, and tells the driver if it wants to know.
+    #[inline]
+    pub fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
+        let wanted = self.queue.publish();
+        if wanted {
+            self.interrupt.ring(ring.index.into())?;
+        }
+        Ok(wanted)
+    }
+}
+
+struct State {
+    open: Option<Open>,
+    /// As they were when it closed.
+    counters: DeviceCounters,
+    base: u32,
+    broken: Option<Py<PyAny>>,
+}
+
+impl State {
+    #[inline]
+    fn open(&mut self) -> Result<&mut Open, Error> {
+        self.open.as_mut().ok_or_else(|| Error::closed("queue"))
+    }
+}
+
+/// The queue itself, which its chains and batches share.
+pub struct Shared {
+    pub ring: Ring,
+    process: BoundToProcess,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    #[inline]
+    fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
+        self.process.check()?;
+        Ok(lock(py, &self.state))
+    }
+
+    /// Runs `call` on the open queue. The first mistake of the driver becomes the exception that `broken` keeps.
+    #[inline]
+    pub fn with<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        let mut state = self.lock(py)?;
+        let result = state.open().and_then(call);
+        drop(state);
+        result.map_err(|error| self.keep(py, error))
+    }
+
+    #[cold]
+    fn keep(&self, py: Python<'_>, error: Error) -> Error {
+        let (error, kept) = errors::latch(py, self.ring.format, error);
+        if let Some(exception) = kept {
+            let old = lock(py, &self.state).broken.replace(exception);
+            drop(old);
+        }
+        error
+    }
+
+    pub fn is_closed(&self, py: Python<'_>) -> bool {
+        lock(py, &self.state).open.is_none()
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Error> {
+        let mut state = self.lock(py)?;
+        let open = state.open.take();
+        if let Some(open) = &open {
+            state.counters = open.queue.counters();
+            state.base = base_of(self.ring.format, open.queue.state());
+        }
+        drop(state);
+        drop(open); // outside the lock: it takes the pool's
+        Ok(())
+    }
+}
+
+/// vhost-user's vring base: the avail position, for packed with the wrap counter on top and the used position above.
+fn base_of(format: Format, state: RingState) -> u32 {
+    match format {
+        Format::Split => state.avail.offset.into(),
+        Format::Packed => u32::from(state.avail.to_bits()) | u32::from(state.used.to_bits()) << 16,
+    }
+}
+
+fn areas_of(areas: &Bound<'_, PyAny>) -> Result<Areas, Error> {
+    let (descriptor, driver, device): (Int, Int, Int) = areas.extract()?;
+    Ok(Areas { descriptor: descriptor.address()?, driver: driver.address()?, device: device.address()? })
+}
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct DeviceQueue {
+    pub shared: Arc<Shared>,
+}
+
+impl DeviceQueue {
+    #[inline]
+    fn with<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        self.shared.with(py, call)
+    }
+
+    /// For `hold`.
+    pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
+        &self.shared.state
+    }
+}
+
+#[pymethods]
+impl DeviceQueue {
+    #[new]
+    #[pyo3(signature = (memory, size, areas, *, features = Int::new(0), index = Int::new(0), max_size = Int::new(32768), chain_limit = None,
+                        base = None),
+           text_signature = "(memory, size, areas, *, features=0, index=0, max_size=32768, chain_limit=None, base=None)")]
+    #[allow(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn new(
+        memory: &Bound<'_, GuestMemory>,
+        size: Int,
+        areas: &Bound<'_, PyAny>,
+        features: Int,
+        index: Int,
+        max_size: Int,
+        chain_limit: Option<Int>,
+        base: Option<Int>,
+    ) -> Result<Self, Error> {
+        let max_size = max_size.within("maximum queue size", 1, virtqueue::spec::MAX_SIZE.into())?;
+        let mut ring = Ring::new(&size, &features, &index, max_size)?;
+        ring.areas = areas_of(areas)?;
+        let limit = chain_limit.map(|limit| limit.within("chain limit", 1, 32768)).transpose()?;
+        let limit = check_chain_limit(ring.size, limit)?;
+        let view = memory.get().regions.view();
+        let spans = spans(&view, ring.format, ring.size, ring.areas)?;
+        let any = match ring.format {
+            Format::Split => {
+                let base = base.map(|base| base.within("avail base", 0, u16::MAX.into())).transpose()?;
+                AnyDevice::Split(SplitDevice::new(SplitRing::new(ring.size, &spans)?, ring.features, ring.areas, limit, base)?)
+            }
+            Format::Packed => {
+                let bits = base.map(|base| base.within::<u32>("base", 0, u32::MAX.into())).transpose()?;
+                let cursor = |bits: u32| Cursor::from_bits(bits as u16);
+                let base = bits.map(|bits| RingState { avail: cursor(bits), used: cursor(bits >> 16) });
+                AnyDevice::Packed(PackedDevice::new(PackedRing::new(ring.size, &spans)?, ring.features, ring.areas, limit, base)?)
+            }
+        };
+        let queue = virtqueue::DeviceQueue::new(any, view);
+        let bursts = DeviceBursts::new(&queue);
+        let open = Some(Open { queue, interrupt: Doorbell::None, bursts, popped: None });
+        let state = Mutex::new(State { open, counters: DeviceCounters::default(), base: 0, broken: None });
+        Ok(DeviceQueue { shared: Arc::new(Shared { ring, process: BoundToProcess::new(), state }) })
+    }
+
+    #[getter]
+    fn size(&self) -> u16 {
+        self.shared.ring.size
+    }
+
+    #[getter]
+    fn index(&self) -> u16 {
+        self.shared.ring.index
+    }
+
+    #[getter]
+    fn ring_format(&self) -> &'static str {
+        self.shared.ring.name()
+    }
+
+    #[getter]
+    fn areas(&self) -> (u64, u64, u64) {
+        self.shared.ring.addresses()
+    }
+
+    #[getter]
+    fn outstanding(&self, py: Python<'_>) -> Result<u16, Error> {
+        self.with(py, |open| Ok(open.queue.outstanding()))
+    }
+
+    #[getter]
+    fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
+        Ok(self.shared.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
+    }
+
+    #[getter]
+    fn base(&self, py: Python<'_>) -> Result<u32, Error> {
+        let state = self.shared.lock(py)?;
+        Ok(state.open.as_ref().map_or(state.base, |open| base_of(self.shared.ring.format, open.queue.state())))
+    }
+
+    fn connect(&self, py: Python<'_>, interrupt: Option<&Bound<'_, EventFd>>) -> Result<(), Error> {
+        let interrupt = match interrupt {
+            Some(event) => Doorbell::EventFd(event.get().event(py)?),
+            None => Doorbell::None,
+        };
+        let old = self.with(py, |open| Ok(std::mem::replace(&mut open.interrupt, interrupt)))?;
+        drop(old);
+        Ok(())
+    }
+
+    #[pyo3(signature = (limit = None))]
+    fn pop<'py>(&self, py: Python<'py>, limit: Option<Int>) -> Result<Bound<'py, PyList>, Error> {
+        let limit = ring::limit(limit, self.size())?;
+        let chains = self.with(py, |open| {
+            let size = open.queue.size().into();
+            let batch = open.popped.get_or_insert_with(|| open.queue.batch(size));
+            batch.clear_for(limit);
+            open.queue.pop_batch(batch)?;
+            Ok(batch.chains().iter().map(|chain| Chain::new(&self.shared, chain, batch.segments(chain))).collect::<Vec<_>>())
+        })?;
+        Ok(PyList::new(py, chains)?)
+    }
+
+    #[pyo3(signature = (chain, length = Int::new(0)), text_signature = "($self, chain, length=0)")]
+    fn complete(&self, py: Python<'_>, chain: &Bound<'_, Chain>, length: Int) -> Result<(), Error> {
+        let chain = chain.get();
+        if !Arc::ptr_eq(&self.shared, &chain.queue) {
+            return Err(Error::Value(format!("chain {} is another queue's", chain.name.head)));
+        }
+        let len = length.within("used length", 0, chain.writable.into())?;
+        self.with(py, |open| Ok(open.queue.complete_batch(&[Completion { len, ..chain.name }][..])?))
+    }
+
+    #[pyo3(signature = (count = Int::new(1)), text_signature = "($self, count=1)")]
+    fn rewind(&self, py: Python<'_>, count: Int) -> Result<(), Error> {
+        let count = count.within("count", 0, self.size().into())?;
+        self.with(py, |open| match open.bursts.lent() {
+            0 => Ok(open.queue.rewind(count)?),
+            chains => Err(Error::Value(format!("{chains} chains stand in bursts: give their slots back first"))),
+        })
+    }
+
+    fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
+        self.with(py, |open| open.publish(&self.shared.ring))
+    }
+
+    #[pyo3(signature = (capacity = Int::new(64)), text_signature = "($self, capacity=64)")]
+    fn batch(&self, py: Python<'_>, capacity: Int) -> Result<ChainBatch, Error> {
+        let capacity = capacity.within("batch capacity", 1, 32768)?;
+        let room = self.with(py, |open| Ok(open.queue.batch(capacity)))?;
+        Ok(ChainBatch::new(self.shared.clone(), room))
+    }
+
+    fn pop_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
+        let batch = batch.get();
+        batch.check(&self.shared)?;
+        self.with(py, |open| batch.fill(py, &mut open.queue))
+    }
+
+    fn complete_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
+        let batch = batch.get();
+        batch.check(&self.shared)?;
+        self.with(py, |open| {
+            let completed = batch.complete(py, &mut open.queue)?;
+            open.publish(&self.shared.ring)?;
+            Ok(completed)
+        })
+    }
+
+    fn pop_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        self.with(py, |open| {
+            open.bursts.bind(&open.queue, &burst.rows)?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            if open.bursts.complete(&mut open.queue, &mut pool, &burst.rows)? > 0 {
+                open.publish(&self.shared.ring)?;
+            }
+            let popped = open.bursts.pop(&mut open.queue, &mut pool, &burst.rows)?;
+            drop(pool);
+            open.publish(&self.shared.ring)?; // dropped chains
+            Ok(popped)
+        })
+    }
+
+    fn complete_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        self.with(py, |open| {
+            open.bursts.bind(&open.queue, &burst.rows)?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            let completed = open.bursts.complete(&mut open.queue, &mut pool, &burst.rows)?;
+            drop(pool);
+            open.publish(&self.shared.ring)?;
+            Ok(completed)
+        })
+    }
+
+    fn fill_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        self.with(py, |open| {
+            let mut pool = lock_pool(py, burst.rows.pool());
+            let filled = open.bursts.fill(&mut open.queue, &mut pool, &burst.rows)?;
+            drop(pool);
+            open.publish(&self.shared.ring)?;
+            Ok(filled)
+        })
+    }
+
+    fn arm(&self, py: Python<'_>) -> Result<bool, Error> {
+        self.with(py, |open| Ok(open.queue.arm()))
+    }
+
+    fn disarm(&self, py: Python<'_>) -> Result<(), Error> {
+        self.with(py, |open| {
+            open.queue.disarm();
+            Ok(())
+        })
+    }
+
+    fn reset(&self, py: Python<'_>) -> Result<(), Error> {
+        self.shared.close(py)
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
+        let snapshot = self.with(py, |open| Ok(open.queue.snapshot()))?;
+        Ok(self.shared.ring.snapshot(py, &snapshot)?)
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
+        let state = self.shared.lock(py)?;
+        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        drop(state);
+        let DeviceCounters { popped, used, notified, suppressed, dropped } = counters;
+        let all = [("popped", popped), ("used", used), ("notified", notified), ("suppressed", suppressed), ("dropped", dropped)];
+        Ok(ring::dict(py, all)?)
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Error> {
+        self.shared.close(py)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Chains and batches may share the queue, and what it keeps would then be visited for one of its owners only.
+        if Arc::strong_count(&self.shared) == 1
+            && let Ok(state) = self.shared.state.try_lock()
+        {
+            visit.call(&state.broken)?;
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let Ok(mut state) = self.shared.state.try_lock() else { return };
+        let garbage = state.broken.take();
+        drop(state);
+        drop(garbage);
+    }
+}

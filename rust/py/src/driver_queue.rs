@@ -1,0 +1,400 @@
+//! `DriverQueue`: the driver's side of one virtqueue.
+
+use crate::args::Int;
+use crate::burst::Burst;
+use crate::errors::{self, Error};
+use crate::eventfd::EventFd;
+use crate::lock::{lock, lock_pool};
+use crate::memory::{Allocation, Memory};
+use crate::ring::{self, Ring};
+use crate::tokens::Tokens;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::sync::{Mutex, MutexGuard};
+use virtio_memory::{BoundToProcess, Doorbell, Region, RegionTable};
+use virtio_net_path::DriverBursts;
+use virtqueue::packed::{PackedDriver, PackedRing};
+use virtqueue::split::{SplitDriver, SplitRing};
+use virtqueue::{AnyDriver, Areas, Direction, DriverCounters, Form, Format, IndirectTables, RingError, Segment, Used, layout, spans};
+
+/// Entries of an indirect table, if nothing else is asked for.
+const DEFAULT_INDIRECT: u16 = 16;
+/// Areas start on cache lines of their own: the two sides write different ones.
+const LINE: usize = 64;
+
+/// What is there until reset or close.
+struct Open {
+    queue: virtqueue::DriverQueue<AnyDriver>,
+    doorbell: Doorbell,
+    tokens: Tokens,
+    bursts: DriverBursts,
+    /// The memory, at the addresses that the device sees.
+    table: RegionTable,
+    used: Box<[Used]>,
+    _places: Vec<Allocation>,
+}
+
+impl Open {
+    /// Chains in bursts that did not come back.
+    fn in_bursts(&self) -> usize {
+        usize::from(self.queue.outstanding()) - self.tokens.len() + self.bursts.ready()
+    }
+
+    /// Tokens and bursts do not mix.
+    fn for_tokens(&mut self) -> Result<&mut Self, Error> {
+        match self.in_bursts() {
+            0 => Ok(self),
+            chains => Err(Error::Value(format!("{chains} chains of bursts are outstanding: take them back by pop_used_burst first"))),
+        }
+    }
+
+    #[inline]
+    fn for_bursts(&mut self) -> Result<&mut Self, Error> {
+        match self.tokens.len() {
+            0 => Ok(self),
+            chains => Err(Error::Value(format!("{chains} chains with tokens are outstanding: take them back by pop_used first"))),
+        }
+    }
+
+    #[inline]
+    fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
+        let wanted = self.queue.publish();
+        if wanted {
+            self.doorbell.ring(self.notification(ring))?;
+        }
+        Ok(wanted)
+    }
+
+    fn notification(&self, ring: &Ring) -> u32 {
+        if ring.notification_data { self.queue.notification_data(ring.index) } else { ring.index.into() }
+    }
+}
+
+struct State {
+    open: Option<Open>,
+    /// As it was when it closed.
+    counters: DriverCounters,
+    broken: Option<Py<PyAny>>,
+}
+
+impl State {
+    #[inline]
+    fn open(&mut self) -> Result<&mut Open, Error> {
+        self.open.as_mut().ok_or_else(|| Error::closed("queue"))
+    }
+
+    /// Closes; what has to be dropped, and the tokens that were outstanding. The lock is to be released first.
+    fn close(&mut self) -> Option<(Open, Vec<u64>)> {
+        let mut open = self.open.take()?;
+        self.counters = open.queue.counters();
+        let outstanding = open.queue.reset();
+        Some((open, outstanding))
+    }
+}
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct DriverQueue {
+    ring: Ring,
+    process: BoundToProcess,
+    state: Mutex<State>,
+}
+
+impl DriverQueue {
+    #[inline]
+    fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
+        self.process.check()?;
+        Ok(lock(py, &self.state))
+    }
+
+    /// Runs `call` on the open queue. The first mistake of the device becomes the exception that `broken` keeps.
+    #[inline]
+    fn with<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        let mut state = self.lock(py)?;
+        let result = state.open().and_then(call);
+        drop(state);
+        result.map_err(|error| self.keep(py, error))
+    }
+
+    #[cold]
+    fn keep(&self, py: Python<'_>, error: Error) -> Error {
+        let (error, kept) = errors::latch(py, self.ring.format, error);
+        if let Some(exception) = kept {
+            let old = lock(py, &self.state).broken.replace(exception);
+            drop(old);
+        }
+        error
+    }
+
+    #[inline]
+    fn add_rows(&self, py: Python<'_>, burst: &Burst, direction: Direction) -> Result<usize, Error> {
+        burst.shared.check()?;
+        self.with(py, |open| {
+            let open = open.for_bursts()?;
+            open.bursts.bind(&burst.rows, open.queue.outstanding().into())?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            let added = open.bursts.add(&mut open.queue, &mut pool, &burst.rows, direction)?;
+            drop(pool);
+            open.publish(&self.ring)?;
+            Ok(added)
+        })
+    }
+
+    fn finish(&self, py: Python<'_>) -> Result<Vec<Py<PyAny>>, Error> {
+        let closed = self.lock(py)?.close();
+        let Some((mut open, outstanding)) = closed else { return Ok(Vec::new()) };
+        Ok(outstanding.into_iter().filter_map(|token| open.tokens.take(token)).collect())
+    }
+}
+
+/// Segments as Python gave them: (address, length).
+fn segments(to: &mut Vec<Segment>, from: &Bound<'_, PyAny>, direction: Direction) -> Result<(), Error> {
+    for item in from.try_iter()? {
+        let (address, len): (Int, Int) = item?.extract()?;
+        let len = len.within("segment length", 1, u32::MAX.into())?;
+        to.push(Segment { address: address.address()?, len, direction });
+    }
+    Ok(())
+}
+
+#[pymethods]
+impl DriverQueue {
+    #[new]
+    #[pyo3(signature = (memory, size, *, features = Int::new(0), address = Int::new(0), index = Int::new(0), indirect_limit = Int::new(0)),
+           text_signature = "(memory, size, *, features=0, address=0, index=0, indirect_limit=0)")]
+    fn new(
+        py: Python<'_>,
+        memory: &Bound<'_, Memory>,
+        size: Int,
+        features: Int,
+        address: Int,
+        index: Int,
+        indirect_limit: Int,
+    ) -> Result<Self, Error> {
+        let mut ring = Ring::new(&size, &features, &index, virtqueue::spec::MAX_SIZE.into())?;
+        let base = address.address()?;
+        let entries = match indirect_limit.within("indirect limit", 0, ring.size.into())? {
+            0 if ring.features.indirect => DEFAULT_INDIRECT.min(ring.size),
+            0 => 0,
+            _ if !ring.features.indirect => return Err(RingError::IndirectRefused.into()),
+            limit => limit,
+        };
+        let memory = memory.get();
+        let mapping = memory.mapping(py)?;
+        let table = RegionTable::new(vec![Region::new(base, mapping.len() as u64, mapping.clone(), 0)?], None)?;
+        let mut places = Vec::new();
+        let mut place = |bytes: usize| -> Result<usize, Error> {
+            let (mapping, place) = memory.take(py, bytes.next_multiple_of(LINE), LINE)?;
+            let offset = place.offset;
+            places.push(place);
+            mapping.zero(offset, bytes)?;
+            Ok(offset)
+        };
+        let mut offsets = [0; 3];
+        for (offset, (bytes, _)) in offsets.iter_mut().zip(layout(ring.format, ring.size)) {
+            *offset = place(bytes as usize)?;
+        }
+        let at = |offset: usize| base + offset as u64;
+        ring.areas = Areas { descriptor: at(offsets[0]), driver: at(offsets[1]), device: at(offsets[2]) };
+        let areas = spans(&table, ring.format, ring.size, ring.areas)?;
+        let tables = match entries {
+            0 => None,
+            entries => {
+                let words = IndirectTables::words(ring.size, entries);
+                let offset = place(8 * words)?;
+                Some(IndirectTables::new(mapping.span(offset, 8 * words)?.u64s(0, words)?, at(offset), entries))
+            }
+        };
+        let any = match ring.format {
+            Format::Split => AnyDriver::Split(SplitDriver::new(SplitRing::new(ring.size, &areas)?, ring.features, tables)),
+            Format::Packed => AnyDriver::Packed(PackedDriver::new(PackedRing::new(ring.size, &areas)?, ring.features, tables)),
+        };
+        let open = Open {
+            queue: virtqueue::DriverQueue::new(any),
+            doorbell: Doorbell::None,
+            tokens: Tokens::new(ring.size),
+            bursts: DriverBursts::new(mapping, base, entries.into()),
+            table,
+            used: vec![Used::default(); ring.size.into()].into(),
+            _places: places,
+        };
+        let state = State { open: Some(open), counters: DriverCounters::default(), broken: None };
+        Ok(DriverQueue { ring, process: BoundToProcess::new(), state: Mutex::new(state) })
+    }
+
+    #[getter]
+    fn size(&self) -> u16 {
+        self.ring.size
+    }
+
+    #[getter]
+    fn index(&self) -> u16 {
+        self.ring.index
+    }
+
+    #[getter]
+    fn ring_format(&self) -> &'static str {
+        self.ring.name()
+    }
+
+    #[getter]
+    fn areas(&self) -> (u64, u64, u64) {
+        self.ring.addresses()
+    }
+
+    #[getter]
+    fn free(&self, py: Python<'_>) -> Result<u16, Error> {
+        self.with(py, |open| Ok(open.queue.free()))
+    }
+
+    #[getter]
+    fn outstanding(&self, py: Python<'_>) -> Result<usize, Error> {
+        self.with(py, |open| Ok(open.tokens.len() + open.in_bursts()))
+    }
+
+    #[getter]
+    fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
+        Ok(self.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
+    }
+
+    #[getter]
+    fn notification_value(&self, py: Python<'_>) -> Result<u32, Error> {
+        self.with(py, |open| Ok(open.notification(&self.ring)))
+    }
+
+    fn connect(&self, py: Python<'_>, doorbell: Option<&Bound<'_, EventFd>>) -> Result<(), Error> {
+        let doorbell = match doorbell {
+            Some(event) => Doorbell::EventFd(event.get().event(py)?),
+            None => Doorbell::None,
+        };
+        let old = self.with(py, |open| Ok(std::mem::replace(&mut open.doorbell, doorbell)))?;
+        drop(old);
+        Ok(())
+    }
+
+    #[pyo3(signature = (token, *, readable = None, writable = None, indirect = false),
+           text_signature = "($self, token, *, readable=(), writable=(), indirect=False)")]
+    fn add(
+        &self,
+        py: Python<'_>,
+        token: Py<PyAny>,
+        readable: Option<&Bound<'_, PyAny>>,
+        writable: Option<&Bound<'_, PyAny>>,
+        indirect: bool,
+    ) -> Result<(), Error> {
+        let mut buffer = Vec::new();
+        for (given, direction) in [(readable, Direction::Readable), (writable, Direction::Writable)] {
+            if let Some(given) = given {
+                segments(&mut buffer, given, direction)?;
+            }
+        }
+        let mut token = Some(token);
+        let form = if indirect { Form::Indirect } else { Form::Direct };
+        let result = self.with(py, |open| {
+            let open = open.for_tokens()?;
+            for segment in &buffer {
+                open.table.check(segment.address, segment.len.into())?;
+            }
+            let name = open.tokens.next();
+            open.queue.add(name, &buffer, form)?;
+            open.tokens.put(token.take());
+            Ok(())
+        });
+        drop(token); // not under the lock
+        result
+    }
+
+    fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
+        self.with(py, |open| open.publish(&self.ring))
+    }
+
+    #[pyo3(signature = (limit = None))]
+    fn pop_used<'py>(&self, py: Python<'py>, limit: Option<Int>) -> Result<Bound<'py, PyList>, Error> {
+        let limit = ring::limit(limit, self.ring.size)?;
+        let chains = self.with(py, |open| {
+            let open = open.for_tokens()?;
+            let n = open.queue.pop_used_batch(&mut open.used[..limit])?;
+            Ok(open.used[..n].iter().map(|used| (open.tokens.take(used.token), used.len)).collect::<Vec<_>>())
+        })?;
+        Ok(PyList::new(py, chains)?)
+    }
+
+    fn add_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.add_rows(py, burst.get(), Direction::Readable)
+    }
+
+    fn add_writable_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.add_rows(py, burst.get(), Direction::Writable)
+    }
+
+    fn pop_used_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        self.with(py, |open| {
+            let open = open.for_bursts()?;
+            open.bursts.bind(&burst.rows, open.queue.outstanding().into())?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            Ok(open.bursts.pop_used(&mut open.queue, &mut pool, &burst.rows)?)
+        })
+    }
+
+    fn arm(&self, py: Python<'_>) -> Result<bool, Error> {
+        self.with(py, |open| Ok(open.queue.arm() || open.bursts.ready() > 0))
+    }
+
+    fn disarm(&self, py: Python<'_>) -> Result<(), Error> {
+        self.with(py, |open| {
+            open.queue.disarm();
+            Ok(())
+        })
+    }
+
+    fn reset<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyList>, Error> {
+        Ok(PyList::new(py, self.finish(py)?)?)
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
+        let snapshot = self.with(py, |open| Ok(open.queue.snapshot()))?;
+        Ok(self.ring.snapshot(py, &snapshot)?)
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
+        let state = self.lock(py)?;
+        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        drop(state);
+        let DriverCounters { added, used, notified, suppressed, clamped } = counters;
+        let all = [("added", added), ("used", used), ("notified", notified), ("suppressed", suppressed), ("clamped", clamped)];
+        Ok(ring::dict(py, all)?)
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Error> {
+        self.finish(py)?;
+        Ok(())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Locked means in use, and so no garbage.
+        if let Ok(state) = self.state.try_lock() {
+            visit.call(&state.broken)?;
+            if let Some(open) = &state.open {
+                open.tokens.all().try_for_each(|token| visit.call(token))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let Ok(mut state) = self.state.try_lock() else { return };
+        let garbage = (state.broken.take(), state.open.as_mut().map(|open| open.tokens.clear()));
+        drop(state);
+        drop(garbage);
+    }
+}
+
+impl DriverQueue {
+    /// For `hold`.
+    pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
+        &self.state
+    }
+}

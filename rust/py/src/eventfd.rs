@@ -1,0 +1,76 @@
+//! `EventFd`: a doorbell or an interrupt.
+
+use crate::args::Int;
+use crate::errors::Error;
+use crate::lock::lock;
+use pyo3::prelude::*;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use virtio_memory::{MemoryError, duplicate};
+
+/// Linux' EINTR: a signal handler ran.
+const EINTR: i32 = 4;
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct EventFd(Mutex<Option<Arc<virtio_memory::EventFd>>>);
+
+impl EventFd {
+    fn over(event: virtio_memory::EventFd) -> Self {
+        EventFd(Mutex::new(Some(Arc::new(event))))
+    }
+
+    /// The descriptor, shared with whoever rings it; unless it is closed.
+    pub fn event(&self, py: Python<'_>) -> Result<Arc<virtio_memory::EventFd>, Error> {
+        lock(py, &self.0).clone().ok_or_else(|| Error::closed("eventfd"))
+    }
+}
+
+#[pymethods]
+impl EventFd {
+    #[new]
+    fn new() -> Result<Self, Error> {
+        Ok(EventFd::over(virtio_memory::EventFd::new()?))
+    }
+
+    #[classmethod]
+    fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int) -> Result<Self, Error> {
+        let fd = fd.within("descriptor", 0, RawFd::MAX.into())?;
+        Ok(EventFd::over(virtio_memory::EventFd::from_fd(duplicate(fd)?)?))
+    }
+
+    fn fileno(&self, py: Python<'_>) -> Result<RawFd, Error> {
+        Ok(self.event(py)?.as_fd().as_raw_fd())
+    }
+
+    fn signal(&self, py: Python<'_>) -> Result<(), Error> {
+        Ok(self.event(py)?.signal()?)
+    }
+
+    fn drain(&self, py: Python<'_>) -> Result<u64, Error> {
+        Ok(self.event(py)?.drain()?)
+    }
+
+    #[pyo3(signature = (timeout = None))]
+    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> Result<bool, Error> {
+        let timeout = match timeout.map(Duration::try_from_secs_f64) {
+            None => None,
+            Some(Ok(timeout)) => Some(timeout),
+            Some(Err(error)) => return Err(Error::Value(format!("timeout {} s: {error}", timeout.unwrap_or_default()))),
+        };
+        let event = self.event(py)?;
+        let began = Instant::now();
+        loop {
+            let left = timeout.map(|timeout| timeout.saturating_sub(began.elapsed()));
+            match py.detach(|| event.wait(left)) {
+                Err(MemoryError::Os { errno: EINTR, .. }) => py.check_signals()?,
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let event = lock(py, &self.0).take();
+        drop(event);
+    }
+}

@@ -1,0 +1,125 @@
+//! `GuestMemory`: what a device can reach.
+
+use crate::args::Int;
+use crate::buffer::Bytes;
+use crate::errors::Error;
+use crate::lock::lock;
+use crate::memory::{Memory, Use};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use virtio_memory::{DirtyBitmap, MemoryError, Region, RegionTable};
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct GuestMemory {
+    pub regions: virtio_memory::GuestMemory,
+    /// By address: each region uses its memory. Changed together with the table.
+    uses: Mutex<BTreeMap<u64, Use>>,
+}
+
+impl GuestMemory {
+    fn table(&self) -> Arc<RegionTable> {
+        self.regions.table()
+    }
+}
+
+/// A region of a memory, `length` bytes or all that follow `offset`.
+fn region(py: Python<'_>, address: &Int, memory: &Memory, offset: &Int, length: Option<&Int>) -> Result<(Region, Use), Error> {
+    let (address, offset) = (address.address()?, offset.bytes("offset")?);
+    let (mapping, user) = memory.used(py)?;
+    let size = mapping.len();
+    let length = match length {
+        Some(length) => length.within("region length", 1, i64::MAX.into())?,
+        None => size.saturating_sub(offset) as u64,
+    };
+    if offset >= size {
+        return Err(MemoryError::OutOfRange { offset: offset as u64, len: length, size: size as u64 }.into());
+    }
+    Ok((Region::new(address, length, mapping, offset)?, user))
+}
+
+#[pymethods]
+impl GuestMemory {
+    #[new]
+    fn new() -> Self {
+        GuestMemory { regions: virtio_memory::GuestMemory::new(), uses: Mutex::default() }
+    }
+
+    #[pyo3(signature = (address, memory, *, offset = Int::new(0), length = None),
+           text_signature = "($self, address, memory, *, offset=0, length=None)")]
+    fn add(&self, py: Python<'_>, address: Int, memory: &Bound<'_, Memory>, offset: Int, length: Option<Int>) -> Result<(), Error> {
+        let (region, user) = region(py, &address, memory.get(), &offset, length.as_ref())?;
+        let mut uses = lock(py, &self.uses);
+        let address = region.address();
+        self.regions.add(region)?;
+        uses.insert(address, user);
+        Ok(())
+    }
+
+    fn remove(&self, py: Python<'_>, address: Int) -> Result<(), Error> {
+        let address = address.address()?;
+        let mut uses = lock(py, &self.uses);
+        self.regions.remove(address)?;
+        uses.remove(&address);
+        Ok(())
+    }
+
+    fn replace(&self, py: Python<'_>, regions: &Bound<'_, PyAny>) -> Result<(), Error> {
+        let (mut table, mut users) = (Vec::new(), BTreeMap::new());
+        for item in regions.try_iter()? {
+            let (address, memory, offset, length): (Int, Bound<'_, Memory>, Int, Int) = item?.extract()?;
+            let (region, user) = region(py, &address, memory.get(), &offset, Some(&length))?;
+            users.insert(region.address(), user);
+            table.push(region);
+        }
+        let mut uses = lock(py, &self.uses);
+        self.regions.replace(table)?;
+        *uses = users;
+        Ok(())
+    }
+
+    #[getter]
+    fn regions(&self) -> Vec<(u64, u64)> {
+        self.table().regions().iter().map(|region| (region.address(), region.len())).collect()
+    }
+
+    fn read<'py>(&self, py: Python<'py>, address: Int, length: Int) -> Result<Bound<'py, PyBytes>, Error> {
+        let (address, length) = (address.address()?, length.bytes("length")?);
+        let table = self.table();
+        // Before the bytes are made, which may be many.
+        table.check(address, length as u64)?;
+        let copy = |to: &mut [u8]| table.read(address, to).map_err(|error| Error::from(error).into());
+        Ok(PyBytes::new_with(py, length, copy)?)
+    }
+
+    fn write(&self, address: Int, data: Bytes) -> Result<(), Error> {
+        Ok(self.table().write(address.address()?, data.as_slice())?)
+    }
+
+    fn load(&self, address: Int, width: Int) -> Result<u64, Error> {
+        Ok(self.table().load(address.address()?, width.within("width", 1, 8)?)?)
+    }
+
+    fn store(&self, address: Int, width: Int, value: Int) -> Result<(), Error> {
+        let (address, width) = (address.address()?, width.within("width", 1, 8)?);
+        Ok(self.table().store(address, width, value.within("value", 0, u64::MAX.into())?)?)
+    }
+
+    fn start_dirty_log(&self, pages: Int) -> Result<(), Error> {
+        let bitmap = DirtyBitmap::new(pages.within("dirty bitmap's pages", 1, 1 << 30)?)?;
+        self.regions.set_dirty(Some(Arc::new(bitmap)));
+        Ok(())
+    }
+
+    fn take_dirty_log<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Error> {
+        match self.table().dirty() {
+            Some(bitmap) => Ok(PyBytes::new(py, &bitmap.take())),
+            None => Err(Error::Status("no dirty log was started".into())),
+        }
+    }
+
+    fn stop_dirty_log(&self) {
+        self.regions.set_dirty(None);
+    }
+}

@@ -1,0 +1,89 @@
+//! `virtio._core`: the Rust side as Python sees it. Translation only: signatures, calls, errors. What the names mean is documented in the
+//! stub, `_core.pyi`.
+//!
+//! Every class is frozen and may be used from any thread: what changes stands behind a lock, taken once per call ([`lock`]). The calls that
+//! carry bursts neither allocate nor make Python objects, and do not release the GIL.
+#![deny(unsafe_code)]
+
+mod args;
+mod batch;
+mod buffer;
+mod burst;
+mod chain;
+mod device_queue;
+mod driver_queue;
+mod errors;
+mod eventfd;
+mod guest;
+mod lock;
+mod memory;
+mod pool;
+mod ring;
+mod tokens;
+
+use args::Int;
+use errors::Error;
+use pyo3::prelude::*;
+use std::time::Duration;
+use virtqueue::RingFeatures;
+
+#[pyfunction]
+fn need_event(event: Int, new: Int, old: Int) -> Result<bool, Error> {
+    let index = |what, value: Int| value.within::<u16>(what, 0, u16::MAX.into());
+    Ok(virtqueue::event::need_event(index("event", event)?, index("new", new)?, index("old", old)?))
+}
+
+/// (bytes, alignment) of one area.
+type Extent = (u64, u64);
+
+#[pyfunction]
+#[pyo3(signature = (size, *, features = Int::new(0)), text_signature = "(size, *, features=0)")]
+fn layout(size: Int, features: Int) -> Result<(Extent, Extent, Extent), Error> {
+    let (format, _) = RingFeatures::from_bits(features.features()?);
+    let max = virtqueue::spec::MAX_SIZE;
+    let size = virtqueue::check_size(format, size.within("queue size", 1, max.into())?, max.into())?;
+    let [descriptor, driver, device] = virtqueue::layout(format, size);
+    Ok((descriptor, driver, device))
+}
+
+#[pyfunction]
+fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: f64) -> Result<(), Error> {
+    let time = Duration::try_from_secs_f64(seconds).map_err(|error| Error::Value(format!("{seconds} seconds: {error}")))?;
+    if let Ok(queue) = object.cast::<driver_queue::DriverQueue>() {
+        lock::hold(py, queue.get().mutex(), time);
+    } else if let Ok(queue) = object.cast::<device_queue::DeviceQueue>() {
+        lock::hold(py, queue.get().mutex(), time);
+    } else {
+        lock::hold_pool(py, &object.cast::<pool::BufferPool>().map_err(PyErr::from)?.get().shared.pool, time);
+    }
+    Ok(())
+}
+
+/// The module.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::batch::ChainBatch;
+    #[pymodule_export]
+    use super::burst::Burst;
+    #[pymodule_export]
+    use super::chain::Chain;
+    #[pymodule_export]
+    use super::device_queue::DeviceQueue;
+    #[pymodule_export]
+    use super::driver_queue::DriverQueue;
+    #[pymodule_export]
+    use super::eventfd::EventFd;
+    #[pymodule_export]
+    use super::guest::GuestMemory;
+    #[pymodule_export]
+    use super::memory::Memory;
+    #[pymodule_export]
+    use super::pool::BufferPool;
+    #[pymodule_export]
+    use super::{_hold, layout, need_event};
+
+    #[allow(non_upper_case_globals, reason = "a name that Python gives")]
+    #[pymodule_export]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

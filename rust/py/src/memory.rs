@@ -1,0 +1,208 @@
+//! `Memory`: a mapping, an allocator for it, and a count of who uses it.
+
+use crate::args::Int;
+use crate::buffer::Bytes;
+use crate::errors::Error;
+use crate::lock::lock;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use virtio_memory::{Allocator, BoundToProcess, HugePages, Mapping, MemoryError, duplicate};
+
+/// What outlives the Python object, because queues, pools, regions and views use it.
+pub struct Shared {
+    allocator: Mutex<Allocator>,
+    uses: AtomicUsize,
+    process: BoundToProcess,
+}
+
+/// One user of a memory; `close` waits for none of them, it refuses while there are any.
+pub struct Use(Arc<Shared>);
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.uses.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A piece of a memory, given back when it is dropped.
+pub struct Allocation {
+    pub offset: usize,
+    user: Use,
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        let shared = &self.user.0;
+        // A forked child has a copy of the allocator's lock, perhaps one that is never released.
+        if shared.process.check().is_ok() {
+            let _ = shared.allocator.lock().unwrap_or_else(PoisonError::into_inner).free(self.offset);
+        }
+    }
+}
+
+#[pyclass(frozen, subclass, module = "virtio._core")]
+pub struct Memory {
+    /// `None` once it is closed.
+    mapping: Mutex<Option<Arc<Mapping>>>,
+    shared: Arc<Shared>,
+    size: usize,
+    foreign: bool,
+}
+
+impl Memory {
+    fn over(mapping: Mapping) -> Self {
+        let (size, foreign) = (mapping.len(), mapping.foreign());
+        let shared = Shared { allocator: Mutex::new(Allocator::new(size)), uses: AtomicUsize::new(0), process: BoundToProcess::new() };
+        Memory { mapping: Mutex::new(Some(Arc::new(mapping))), shared: Arc::new(shared), size, foreign }
+    }
+
+    /// The mapping, unless it is closed.
+    pub fn mapping(&self, py: Python<'_>) -> Result<Arc<Mapping>, Error> {
+        lock(py, &self.mapping).clone().ok_or_else(|| Error::closed("memory"))
+    }
+
+    /// The mapping with one more user.
+    pub fn used(&self, py: Python<'_>) -> Result<(Arc<Mapping>, Use), Error> {
+        // Counted under the lock that `close` holds while it looks.
+        let mapping = lock(py, &self.mapping);
+        let found = mapping.clone().ok_or_else(|| Error::closed("memory"))?;
+        self.shared.uses.fetch_add(1, Relaxed);
+        Ok((found, Use(self.shared.clone())))
+    }
+
+    /// The mapping for Python to look into, with one more user.
+    pub fn export(&self) -> Result<(Arc<Mapping>, Use), Error> {
+        if self.foreign {
+            let message = "memory that a peer passed has no buffer: use read and write";
+            return Err(Error::Python(pyo3::exceptions::PyBufferError::new_err(message)));
+        }
+        Python::attach(|py| self.used(py))
+    }
+
+    /// Takes a piece, with the mapping that it is in.
+    pub fn take(&self, py: Python<'_>, size: usize, align: usize) -> Result<(Arc<Mapping>, Allocation), Error> {
+        self.shared.process.check()?;
+        let (mapping, user) = self.used(py)?;
+        let offset = lock(py, &self.shared.allocator).allocate(size, align)?;
+        Ok((mapping, Allocation { offset, user }))
+    }
+}
+
+#[pymethods]
+impl Memory {
+    #[new]
+    #[pyo3(signature = (size, *, name = "virtio", huge_page_size = None))]
+    fn new(size: Int, name: &str, huge_page_size: Option<Int>) -> Result<Self, Error> {
+        let size = size.within("memory size", 1, i64::MAX.into())?;
+        let huge = huge_page_size.map(|page| page.within("huge page size", 1, i64::MAX.into())).transpose()?;
+        if name.len() > 249 || name.contains('\0') {
+            return Err(Error::Value(format!("memory name {name:?} is longer than 249 bytes, or has a NUL")));
+        }
+        Ok(Memory::over(Mapping::memfd(size, name, HugePages::from(huge))?))
+    }
+
+    #[classmethod]
+    #[pyo3(signature = (fd, size, *, offset = Int::new(0)), text_signature = "($cls, fd, size, *, offset=0)")]
+    fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int, size: Int, offset: Int) -> Result<Self, Error> {
+        let fd = fd.within("descriptor", 0, RawFd::MAX.into())?;
+        let size = size.within("memory size", 1, i64::MAX.into())?;
+        let offset = offset.within("offset", 0, i64::MAX.into())?;
+        Ok(Memory::over(Mapping::from_fd(duplicate(fd)?, offset, size)?))
+    }
+
+    #[getter]
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    #[getter]
+    fn foreign(&self) -> bool {
+        self.foreign
+    }
+
+    #[getter]
+    fn poisoned(&self, py: Python<'_>) -> Result<bool, Error> {
+        Ok(self.mapping(py)?.poisoned())
+    }
+
+    #[getter]
+    fn closed(&self, py: Python<'_>) -> bool {
+        lock(py, &self.mapping).is_none()
+    }
+
+    fn fileno(&self, py: Python<'_>) -> Result<RawFd, Error> {
+        Ok(self.mapping(py)?.fd().as_raw_fd())
+    }
+
+    #[pyo3(signature = (size, align = Int::new(16)), text_signature = "($self, size, align=16)")]
+    fn allocate(&self, py: Python<'_>, size: Int, align: Int) -> Result<usize, Error> {
+        let size = size.within("allocation", 1, self.size as i128)?;
+        let align = align.within("alignment", 1, 1 << 62)?;
+        self.shared.process.check()?;
+        self.mapping(py)?;
+        Ok(lock(py, &self.shared.allocator).allocate(size, align)?)
+    }
+
+    fn free(&self, py: Python<'_>, offset: Int) -> Result<(), Error> {
+        let offset = offset.within("offset", 0, self.size as i128 - 1)?;
+        self.shared.process.check()?;
+        self.mapping(py)?;
+        lock(py, &self.shared.allocator).free(offset)?;
+        Ok(())
+    }
+
+    fn read<'py>(&self, py: Python<'py>, offset: Int, length: Int) -> Result<Bound<'py, PyBytes>, Error> {
+        let (offset, length) = (offset.bytes("offset")?, length.bytes("length")?);
+        let mapping = self.mapping(py)?;
+        // Before the bytes are made, which may be many.
+        mapping.span(offset, length)?;
+        let copy = |to: &mut [u8]| mapping.read(offset, to).map_err(|error| Error::from(error).into());
+        Ok(PyBytes::new_with(py, length, copy)?)
+    }
+
+    fn write(&self, py: Python<'_>, offset: Int, data: Bytes) -> Result<(), Error> {
+        let offset = offset.bytes("offset")?;
+        Ok(self.mapping(py)?.write(offset, data.as_slice())?)
+    }
+
+    fn load(&self, py: Python<'_>, offset: Int, width: Int) -> Result<u64, Error> {
+        let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
+        Ok(self.mapping(py)?.load(offset, width)?)
+    }
+
+    fn store(&self, py: Python<'_>, offset: Int, width: Int, value: Int) -> Result<(), Error> {
+        let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
+        let value = value.within("value", 0, u64::MAX.into())?;
+        Ok(self.mapping(py)?.store(offset, width, value)?)
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Error> {
+        let mut mapping = lock(py, &self.mapping);
+        let exports = self.shared.uses.load(Relaxed);
+        if mapping.is_some() && exports > 0 {
+            return Err(MemoryError::InUse { exports }.into());
+        }
+        let last = mapping.take();
+        drop(mapping);
+        drop(last); // unmaps outside the lock
+        Ok(())
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _trace: &Bound<'_, PyAny>,
+    ) -> Result<(), Error> {
+        self.close(py)
+    }
+}

@@ -1,0 +1,219 @@
+//! The device's queue: a ring with its view of guest memory, its latched error, its counters and its observer.
+
+use crate::batch::ChainBatch;
+use crate::chain::Chain;
+use crate::error::RingError;
+use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use virtio_memory::{RegionTable, View};
+
+/// What a device's queue has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceCounters {
+    /// Chains popped, less those handed back.
+    pub popped: u64,
+    /// Chains published as used.
+    pub used: u64,
+    /// Used-buffer notifications that the driver wanted.
+    pub notified: u64,
+    /// Published batches that it did not want to be told of.
+    pub suppressed: u64,
+    /// Chains given back undone, because their data could not be carried.
+    pub dropped: u64,
+}
+
+/// Sees what is in flight, so that a crash between two steps loses nothing (vhost-user's in-flight tracking).
+pub trait InFlightObserver: Send {
+    /// Chains were popped.
+    fn popped(&mut self, chains: &[Chain]);
+    /// The newest chains were handed back to the ring, unused.
+    fn rewound(&mut self, count: usize);
+    /// These heads become used with the next store.
+    fn before_publish(&mut self, heads: &[u16]);
+    /// They are used now.
+    fn after_publish(&mut self, heads: &[u16], state: RingState);
+}
+
+/// The device's side of a virtqueue. After a mistake of the driver it stands still: batches give 0 until it is reset.
+pub struct DeviceQueue<R> {
+    ring: R,
+    view: View,
+    broken: Option<RingError>,
+    counters: DeviceCounters,
+    observer: Option<Box<dyn InFlightObserver>>,
+}
+
+impl<R: DeviceRing> DeviceQueue<R> {
+    /// A queue over a ring; buffers are found through `view`.
+    pub fn new(ring: R, view: View) -> Self {
+        DeviceQueue { ring, view, broken: None, counters: DeviceCounters::default(), observer: None }
+    }
+
+    /// Tells an observer of every chain from here on.
+    pub fn observe(&mut self, observer: Box<dyn InFlightObserver>) {
+        self.ring.observe();
+        self.observer = Some(observer);
+    }
+
+    /// How many entries there are.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// How many chains are in flight.
+    #[inline]
+    pub fn outstanding(&self) -> u16 {
+        self.ring.outstanding()
+    }
+
+    /// A batch that this queue can fill.
+    pub fn batch(&self, capacity: usize) -> ChainBatch {
+        ChainBatch::new(capacity, self.ring.chain_limit())
+    }
+
+    /// The first mistake of the driver, if there was one.
+    #[inline]
+    pub fn broken(&self) -> Option<&RingError> {
+        self.broken.as_ref()
+    }
+
+    /// Breaks the queue for a reason found outside the ring (a buffer that is not mapped); the first reason stays.
+    pub fn break_with(&mut self, error: RingError) {
+        self.broken.get_or_insert(error);
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> DeviceCounters {
+        self.counters
+    }
+
+    /// Counts chains whose data could not be carried.
+    pub fn count_dropped(&mut self, count: u64) {
+        self.counters.dropped += count;
+    }
+
+    /// Guest memory as the last `pop_batch` saw it.
+    #[inline]
+    pub fn memory(&self) -> &RegionTable {
+        &self.view
+    }
+
+    /// Guest memory as it is now.
+    #[inline]
+    pub fn refresh(&mut self) -> &RegionTable {
+        self.view.refresh();
+        &self.view
+    }
+
+    fn latch(&mut self, error: RingError) -> RingError {
+        self.broken = Some(error.clone());
+        error
+    }
+
+    /// Pops chains into `out`, after those that are in; tells how many.
+    #[inline]
+    pub fn pop_batch(&mut self, out: &mut ChainBatch) -> Result<usize, RingError> {
+        if self.broken.is_some() {
+            return Ok(0);
+        }
+        if !out.fits(self.ring.chain_limit()) {
+            return Err(RingError::BatchTooSmall { room: out.segment_capacity(), limit: self.ring.chain_limit() });
+        }
+        self.view.refresh();
+        if let Some((address, len)) = self.view.poisoned() {
+            return Err(self.latch(RingError::MemoryLost { address, len }));
+        }
+        match self.ring.pop_batch(&self.view, out) {
+            Ok(n) => {
+                self.counters.popped += n as u64;
+                if let (Some(observer), true) = (&mut self.observer, n > 0) {
+                    observer.popped(&out.chains()[out.chains().len() - n..]);
+                }
+                Ok(n)
+            }
+            Err(error) => Err(self.latch(error)),
+        }
+    }
+
+    /// Checks a completion without doing it.
+    pub fn check(&self, completion: &Completion) -> Result<(), RingError> {
+        self.ring.check(completion)
+    }
+
+    /// Gives chains back: all of them, or none. Nobody sees it before `publish`.
+    #[inline]
+    pub fn complete_batch<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        self.ring.complete_batch(completions)
+    }
+
+    /// Hands the newest `count` chains back to the ring, as if they had not been popped.
+    pub fn rewind(&mut self, count: usize) -> Result<(), RingError> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        self.ring.rewind(count)?;
+        self.counters.popped -= count as u64;
+        if let Some(observer) = &mut self.observer {
+            observer.rewound(count);
+        }
+        Ok(())
+    }
+
+    /// Hands all but the first `keep` chains of a batch, the newest ones, back to the ring, and takes them out of the batch.
+    pub fn rewind_from(&mut self, batch: &mut ChainBatch, keep: usize) -> Result<(), RingError> {
+        self.rewind(batch.chains().len() - keep)?;
+        batch.truncate(keep);
+        Ok(())
+    }
+
+    /// Makes everything completed visible with one store, and tells whether the driver wants to be notified.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        if self.broken.is_some() {
+            return false;
+        }
+        if let Some(observer) = &mut self.observer {
+            observer.before_publish(self.ring.told());
+        }
+        self.counters.used += u64::from(self.ring.publish(&self.view));
+        if let Some(observer) = &mut self.observer {
+            observer.after_publish(self.ring.told(), self.ring.state());
+            self.ring.clear_told();
+        }
+        match self.ring.should_notify() {
+            Some(true) => {
+                self.counters.notified += 1;
+                true
+            }
+            Some(false) => {
+                self.counters.suppressed += 1;
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// Asks for a notification at the next available chain; true if there is something to look at already.
+    pub fn arm(&mut self) -> bool {
+        self.broken.is_some() || self.ring.arm(&self.view)
+    }
+
+    /// Asks for no notifications.
+    pub fn disarm(&mut self) {
+        if self.broken.is_none() {
+            self.ring.disarm(&self.view);
+        }
+    }
+
+    /// Positions to save.
+    pub fn state(&self) -> RingState {
+        self.ring.state()
+    }
+
+    /// The private shadows beside the shared state.
+    pub fn snapshot(&self) -> Snapshot {
+        self.ring.snapshot()
+    }
+}

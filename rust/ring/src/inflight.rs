@@ -1,0 +1,369 @@
+//! The device side's private table of chains in flight (device-06): what was popped, in which order, and what is done but not yet told.
+
+use crate::error::RingError;
+use crate::ring::{Completion, Completions};
+
+/// A chain in flight.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Flight {
+    /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
+    pub serial: u32,
+    pub writable: u32,
+    /// Ring descriptors that it takes.
+    pub slots: u16,
+    /// Packed: the buffer id, only ever echoed.
+    pub id: u16,
+}
+
+/// In order: a chain that is done, perhaps before its turn.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    done: bool,
+    len: u32,
+}
+
+/// All chains in flight. Split names them by their head, an index that was checked; packed by their place here, since the driver's id is no
+/// index. The batch loops take it apart and keep its counts in locals.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    pub entries: Box<[Flight]>,
+    /// Split: heads in the order of their pops, round the table. Packed: empty.
+    pub heads: Box<[u16]>,
+    /// The place of the next pop.
+    pub newest: usize,
+    /// The newest chain's serial.
+    pub serial: u32,
+    pub chains: u16,
+    /// Ring slots that the driver does not have back: of chains in flight, and of those that are done but not yet told.
+    pub slots: u32,
+    done_slots: u32,
+    /// In order: the place of the oldest chain, and what is done.
+    oldest: usize,
+    held: Box<[Held]>,
+    held_count: usize,
+    /// Names that left the table since the last publish; kept only for an observer.
+    told: Option<Vec<u16>>,
+}
+
+/// The place after this one, round the table.
+#[inline(always)]
+pub(crate) fn after(place: usize, size: usize) -> usize {
+    if place + 1 == size { 0 } else { place + 1 }
+}
+
+/// The serial after this one: never 0.
+#[inline(always)]
+pub(crate) fn next_serial(serial: u32) -> u32 {
+    serial.checked_add(1).unwrap_or(1)
+}
+
+/// The serial before this one: never 0.
+fn previous_serial(serial: u32) -> u32 {
+    if serial <= 1 { u32::MAX } else { serial - 1 }
+}
+
+/// How chains in flight are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Names {
+    /// By their head (split).
+    Heads,
+    /// By their place (packed).
+    Places,
+}
+
+impl InFlight {
+    /// `place` is where the first pop goes: split's first available position, round the table.
+    pub(crate) fn new(size: u16, names: Names, place: usize) -> Self {
+        let n = usize::from(size);
+        InFlight {
+            entries: vec![Flight::default(); n].into(),
+            heads: vec![0; if names == Names::Heads { n } else { 0 }].into(),
+            newest: place,
+            serial: 0,
+            chains: 0,
+            slots: 0,
+            done_slots: 0,
+            oldest: place,
+            held: vec![Held::default(); n].into(),
+            held_count: 0,
+            told: None,
+        }
+    }
+
+    /// Keeps the names that leave the table from here on.
+    pub(crate) fn observe(&mut self) {
+        self.told = Some(Vec::with_capacity(self.entries.len()));
+    }
+
+    /// Names that left since this was last cleared.
+    pub(crate) fn told(&self) -> &[u16] {
+        self.told.as_deref().unwrap_or_default()
+    }
+
+    pub(crate) fn clear_told(&mut self) {
+        if let Some(told) = &mut self.told {
+            told.clear();
+        }
+    }
+
+    #[inline(always)]
+    fn name(&self, place: usize) -> u16 {
+        self.heads.get(place).copied().unwrap_or(place as u16)
+    }
+
+    /// Packed: the next place that is free. Room for the chain's slots was checked, so there is one.
+    pub(crate) fn free_place(entries: &[Flight], mut place: usize) -> usize {
+        while entries[place].serial != 0 {
+            place = after(place, entries.len());
+        }
+        place
+    }
+
+    /// Packed: the name of the next chain.
+    pub(crate) fn next_place(&mut self) -> u16 {
+        self.newest = Self::free_place(&self.entries, self.newest);
+        self.newest as u16
+    }
+
+    /// A chain was popped; gives its serial.
+    pub(crate) fn start(&mut self, head: u16, id: u16, slots: u16, writable: u32) -> u32 {
+        self.serial = next_serial(self.serial);
+        self.entries[usize::from(head)] = Flight { serial: self.serial, writable, slots, id };
+        if let Some(place) = self.heads.get_mut(self.newest) {
+            *place = head;
+        }
+        self.newest = after(self.newest, self.entries.len());
+        self.chains += 1;
+        self.slots += u32::from(slots);
+        self.serial
+    }
+
+    /// Checks a completion.
+    pub(crate) fn check(&self, completion: &Completion) -> Result<(), RingError> {
+        let head = usize::from(completion.head);
+        match self.entries.get(head) {
+            Some(f) if f.serial == completion.serial && completion.serial != 0 && !self.held[head].done => {
+                if completion.len > f.writable {
+                    return Err(RingError::UsedTooLong { len: completion.len, writable: f.writable });
+                }
+                Ok(())
+            }
+            _ => Err(RingError::NotInFlight { head: completion.head }),
+        }
+    }
+
+    /// Checks a batch without doing anything: each is in flight, none stands there twice.
+    #[inline(always)]
+    pub(crate) fn check_batch<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        let mut result = Ok(());
+        let mut done = 0;
+        for completion in completions.all() {
+            // Out of the table for the length of this check: a second one of its kind is not found.
+            match find(&mut self.entries, &completion) {
+                Some(flight) => flight.serial = 0,
+                None => {
+                    result = Err(self.refuse(&completion));
+                    break;
+                }
+            }
+            done += 1;
+        }
+        self.put_back(completions, done);
+        result
+    }
+
+    /// Undoes the first completions of a batch.
+    #[inline(always)]
+    fn put_back<C: Completions>(&mut self, completions: C, count: usize) {
+        for undo in completions.all().take(count) {
+            self.entries[usize::from(undo.head)].serial = undo.serial;
+        }
+    }
+
+    #[cold]
+    fn refuse(&self, completion: &Completion) -> RingError {
+        self.check(completion).err().unwrap_or(RingError::NotInFlight { head: completion.head })
+    }
+
+    /// Takes chains out of the table in the given order, telling `each` (name, flight, length): all of them; or none, and what `each` did is void.
+    #[inline(always)]
+    pub(crate) fn finish_batch<C: Completions>(
+        &mut self,
+        completions: C,
+        mut each: impl FnMut(u16, &Flight, u32),
+    ) -> Result<(), RingError> {
+        let (mut slots, mut done) = (0, 0);
+        let entries = &mut self.entries[..];
+        for completion in completions.all() {
+            let Some(flight) = find(entries, &completion) else {
+                let error = self.refuse(&completion);
+                self.put_back(completions, done);
+                return Err(error);
+            };
+            flight.serial = 0;
+            slots += u32::from(flight.slots);
+            each(completion.head, flight, completion.len);
+            done += 1;
+        }
+        self.done_slots += slots;
+        self.chains -= done as u16;
+        if let Some(told) = &mut self.told {
+            told.extend(completions.all().map(|c| c.head));
+        }
+        Ok(())
+    }
+
+    /// In order: takes chains out of the table from the oldest on, telling `each` (name, flight, length). Those that are done before their turn
+    /// are held. All of the batch is done, or none.
+    #[inline(always)]
+    pub(crate) fn finish_in_order<C: Completions>(
+        &mut self,
+        completions: C,
+        mut each: impl FnMut(u16, &Flight, u32),
+    ) -> Result<(), RingError> {
+        let (size, mut place, mut left) = (self.entries.len(), self.oldest, self.chains);
+        // Whoever is not held and comes in the order of the pops is in turn.
+        let in_turn = self.held_count == 0
+            && completions.all().all(|c| {
+                // Once round the table the first chain would be met again.
+                let Some(fewer) = left.checked_sub(1) else { return false };
+                left = fewer;
+                let turn = self.name(place);
+                place = after(place, size);
+                let flight = &self.entries[usize::from(turn)];
+                c.head == turn && flight.serial == c.serial && c.serial != 0 && c.len <= flight.writable
+            });
+        if in_turn {
+            let (mut slots, mut done) = (0, 0);
+            let entries = &mut self.entries[..];
+            for c in completions.all() {
+                let flight = &mut entries[usize::from(c.head)];
+                flight.serial = 0;
+                slots += u32::from(flight.slots);
+                each(c.head, flight, c.len);
+                done += 1;
+            }
+            self.oldest = place;
+            self.done_slots += slots;
+            self.chains -= done;
+            if let Some(told) = &mut self.told {
+                told.extend(completions.all().map(|c| c.head));
+            }
+        } else {
+            self.hold_batch(completions)?;
+            self.finish_held(each);
+        }
+        Ok(())
+    }
+
+    /// In order: marks chains as done: all of them, or none.
+    fn hold_batch<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        for (i, completion) in completions.all().enumerate() {
+            if let Err(error) = self.check(&completion) {
+                for undo in completions.all().take(i) {
+                    self.held[usize::from(undo.head)].done = false;
+                }
+                return Err(error);
+            }
+            self.held[usize::from(completion.head)] = Held { done: true, len: completion.len };
+        }
+        self.held_count += completions.all().count();
+        Ok(())
+    }
+
+    /// In order: takes the oldest chains that are held out of the table, telling `each` (name, flight, length).
+    fn finish_held(&mut self, mut each: impl FnMut(u16, &Flight, u32)) {
+        while self.chains > 0 {
+            let head = self.name(self.oldest);
+            let held = &mut self.held[usize::from(head)];
+            if !held.done {
+                break;
+            }
+            held.done = false;
+            self.held_count -= 1;
+            let flight = &mut self.entries[usize::from(head)];
+            flight.serial = 0;
+            each(head, flight, held.len);
+            self.done_slots += u32::from(flight.slots);
+            self.chains -= 1;
+            if let Some(told) = &mut self.told {
+                told.push(head);
+            }
+            self.oldest = after(self.oldest, self.entries.len());
+        }
+    }
+
+    /// What is done was told: the driver may use its slots again.
+    #[inline(always)]
+    pub(crate) fn published(&mut self) {
+        self.slots -= std::mem::take(&mut self.done_slots);
+    }
+
+    /// The place of the chain with this serial, before `place`; the nearest but for chains that stay out (packed).
+    fn place_of(&self, serial: u32, mut place: usize) -> Option<usize> {
+        for _ in 0..self.entries.len() {
+            place = if place == 0 { self.entries.len() - 1 } else { place - 1 };
+            let head = usize::from(self.name(place));
+            if self.entries[head].serial == serial {
+                return (!self.held[head].done).then_some(place);
+            }
+        }
+        None
+    }
+
+    /// Checks that the newest `count` chains can be handed back.
+    pub(crate) fn check_rewind(&self, count: usize) -> Result<(), RingError> {
+        if count > usize::from(self.chains) {
+            return Err(RingError::CannotRewind { count, reason: "fewer are in flight" });
+        }
+        let (mut place, mut serial) = (self.newest, self.serial);
+        for _ in 0..count {
+            place = self.place_of(serial, place).ok_or(RingError::CannotRewind { count, reason: "a newer chain was completed" })?;
+            serial = previous_serial(serial);
+        }
+        Ok(())
+    }
+
+    /// Hands back the newest chain; tells what it was. Checked before.
+    pub(crate) fn rewind_one(&mut self) -> Option<Flight> {
+        self.newest = self.place_of(self.serial, self.newest)?;
+        self.serial = previous_serial(self.serial);
+        let head = self.name(self.newest);
+        let flight = &mut self.entries[usize::from(head)];
+        flight.serial = 0;
+        self.chains -= 1;
+        self.slots -= u32::from(flight.slots);
+        Some(*flight)
+    }
+}
+
+/// The chain that a completion names, if it is in flight and so many bytes fit.
+#[inline(always)]
+fn find<'a>(entries: &'a mut [Flight], completion: &Completion) -> Option<&'a mut Flight> {
+    let flight = entries.get_mut(usize::from(completion.head))?;
+    let found = flight.serial == completion.serial && flight.serial != 0 && completion.len <= flight.writable;
+    found.then_some(flight)
+}
+
+/// In order: chains that one used element stands for (device-21).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run<P> {
+    /// Where the element goes: the place of the run's first chain.
+    pub place: P,
+    /// The last chain's id and length.
+    pub id: u16,
+    pub len: u32,
+    /// Whether the last chain has no writable part or was filled completely, so that the run may go on.
+    pub full: bool,
+}
+
+impl<P> Run<P> {
+    pub(crate) fn new(place: P, id: u16, flight: &Flight, len: u32) -> Self {
+        Run { place, id, len, full: len == flight.writable }
+    }
+
+    #[inline(always)]
+    pub(crate) fn extend(&mut self, id: u16, flight: &Flight, len: u32) {
+        (self.id, self.len, self.full) = (id, len, len == flight.writable);
+    }
+}

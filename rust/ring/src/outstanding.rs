@@ -1,0 +1,95 @@
+//! The driver side's private table: which ids are outstanding, what they stand for, which are free (driver-01).
+
+/// What one id stands for.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Entry {
+    pub token: u64,
+    /// Writable bytes that were posted.
+    pub writable: u32,
+    /// Ring descriptors that it takes; 0 if it is not outstanding.
+    pub slots: u16,
+    /// The chain's number since set-up, counted in 16 bits. In the split ring that is its position in the available ring.
+    pub position: u16,
+}
+
+/// Ids and their entries. The batch loops take it apart and keep its counts in locals.
+#[derive(Debug)]
+pub(crate) struct Outstanding {
+    pub entries: Box<[Entry]>,
+    /// Free ids; the first `free` are valid. Not used in order.
+    pub stack: Box<[u16]>,
+    pub free: usize,
+    pub chains: u16,
+}
+
+impl Outstanding {
+    pub(crate) fn new(size: u16) -> Self {
+        Outstanding {
+            entries: vec![Entry::default(); usize::from(size)].into(),
+            stack: (0..size).rev().collect(),
+            free: usize::from(size),
+            chains: 0,
+        }
+    }
+
+    /// The entry, if the id is in range and outstanding.
+    pub(crate) fn get(&self, id: u32) -> Option<&Entry> {
+        self.entries.get(id as usize).filter(|e| e.slots != 0)
+    }
+
+    pub(crate) fn set(&mut self, id: u16, entry: Entry) {
+        self.entries[usize::from(id)] = entry;
+        self.chains += 1;
+    }
+
+    /// A free id. The caller knows that there is one.
+    pub(crate) fn take(&mut self) -> u16 {
+        self.free -= 1;
+        self.stack[self.free]
+    }
+
+    /// Chains may stay out while others come and go and positions go round: from time to time all that was published is renumbered, so that
+    /// no position is ever mistaken for one that is only added. Not used in order.
+    #[cold]
+    pub(crate) fn renumber(&mut self, position: u16) {
+        self.entries.iter_mut().for_each(|e| e.position = position);
+    }
+
+    /// All tokens that are outstanding; forgets them.
+    pub(crate) fn drain(&mut self) -> Vec<u64> {
+        self.chains = 0;
+        self.entries.iter_mut().filter(|e| e.slots != 0).map(|e| std::mem::take(e).token).collect()
+    }
+}
+
+/// Which chains were published: one that was only added cannot have been used.
+#[derive(Clone, Copy)]
+pub(crate) struct Published {
+    /// The first position that was not published.
+    pub end: u16,
+    /// How many were added from there on.
+    pub unpublished: u16,
+}
+
+impl Published {
+    #[inline(always)]
+    pub(crate) fn contains(self, position: u16) -> bool {
+        position.wrapping_sub(self.end) >= self.unpublished
+    }
+
+    /// Whether going from `old` to `new` (at most 32768 further) is half of the positions' way round.
+    #[inline(always)]
+    pub(crate) fn half_way(old: u16, new: u16) -> bool {
+        (old ^ new) & 0x8000 != 0
+    }
+}
+
+/// A used length is at most what was posted (driver-03); a lie is counted.
+#[inline(always)]
+pub(crate) fn clamp(len: u32, writable: u32, clamped: &mut u64) -> u32 {
+    if len > writable {
+        *clamped += 1;
+        return writable;
+    }
+    len
+}

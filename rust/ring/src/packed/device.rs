@@ -1,0 +1,380 @@
+//! The device's side of the packed ring.
+
+use super::{BOTH, PackedRing, avail_flags, is_avail, rest, used_flags};
+use crate::batch::ChainBatch;
+use crate::chain::{Chain, Segment, Walk};
+use crate::error::RingError;
+use crate::event::{Cursor, packed_event, packed_word};
+use crate::indirect::{TableCopy, direction};
+use crate::inflight::{Flight, InFlight, Names, Run, after, next_serial};
+use crate::options::{Areas, RingFeatures};
+use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
+#[cfg(not(loom))]
+use virtio_memory::U64Cells;
+use virtio_memory::{FencePoint, RegionTable, full_fence};
+#[cfg(loom)]
+type U64Cells<'a> = virtio_memory::U64Array;
+
+/// Takes available descriptors, writes used ones over them.
+#[derive(Debug)]
+pub struct PackedDevice {
+    ring: PackedRing,
+    features: RingFeatures,
+    /// Where the areas lie: what is written there is marked in the dirty log.
+    areas: Areas,
+    limit: u16,
+    table: TableCopy,
+    flights: InFlight,
+    /// The next descriptor to look at.
+    next: Cursor,
+    /// Where the next used descriptor goes; up to `published` the driver has been told.
+    used: Cursor,
+    published: Cursor,
+    /// The first used descriptor since the last publish: its word is written last.
+    head: Option<(u16, u64)>,
+    /// Slots and chains completed since the last publish, slots published since the last decision.
+    unpublished: u32,
+    unpublished_chains: u32,
+    since: u32,
+    /// Nothing was decided yet since set-up or restore: the first decision notifies.
+    first_decision: bool,
+    run: Option<Run<Cursor>>,
+}
+
+impl PackedDevice {
+    /// A device on a ring, from saved positions or from the start.
+    pub fn new(ring: PackedRing, features: RingFeatures, areas: Areas, limit: u16, base: Option<RingState>) -> Result<Self, RingError> {
+        let size = ring.size;
+        let state = base.unwrap_or(RingState { avail: Cursor::START, used: Cursor::START });
+        for cursor in [state.avail, state.used] {
+            if cursor.offset >= size {
+                return Err(RingError::BadRestore { position: cursor.offset, size });
+            }
+        }
+        Ok(PackedDevice {
+            ring,
+            features,
+            areas,
+            limit,
+            table: TableCopy::new(limit),
+            flights: InFlight::new(size, Names::Places, 0),
+            next: state.avail,
+            used: state.used,
+            published: state.used,
+            head: None,
+            unpublished: 0,
+            unpublished_chains: 0,
+            since: 0,
+            first_decision: true,
+            run: None,
+        })
+    }
+
+    /// Chains of one descriptor, until the batch is full, none is left, or another kind of chain comes; tells how many.
+    #[inline(always)]
+    fn pop_short(&mut self, out: &mut ChainBatch) -> (usize, Stop) {
+        let size = self.ring.size;
+        let InFlight { entries, newest, serial, chains, slots, .. } = &mut self.flights;
+        let free = usize::from(size) - *slots as usize;
+        let (room, used) = out.short_room(self.limit, usize::MAX);
+        let (mut place, mut number, mut popped, mut stop) = (*newest, *serial, 0, Stop::Full);
+        let Cursor { mut offset, mut wrap } = self.next;
+        let mut expected = u64::from(avail_flags(wrap)) << 48;
+        let (entries, desc) = (&mut entries[..], self.ring.desc.cells());
+        for (chain, segment) in room {
+            let word = desc.load_acquire(2 * usize::from(offset) + 1);
+            if word & BOTH != expected {
+                break;
+            }
+            let (len, id, flags) = (word as u32, (word >> 32) as u16, (word >> 48) as u16);
+            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != 0 || len == 0 || popped == free {
+                stop = Stop::Long(word);
+                break;
+            }
+            let direction = direction(flags);
+            let writable = direction.writable(len);
+            number = next_serial(number);
+            if entries[place].serial != 0 {
+                place = InFlight::free_place(entries, place);
+            }
+            let head = place as u16;
+            entries[place] = Flight { serial: number, writable, slots: 1, id };
+            place = after(place, entries.len());
+            *segment = Segment { address: desc.load(2 * usize::from(offset)), len, direction };
+            *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
+            popped += 1;
+            offset += 1;
+            if offset == size {
+                (offset, wrap) = (0, !wrap);
+                expected ^= BOTH;
+            }
+        }
+        (*newest, *serial) = (place, number);
+        *chains += popped as u16;
+        *slots += popped as u32;
+        self.next = Cursor { offset, wrap };
+        out.grow(popped);
+        (popped, stop)
+    }
+
+    fn check_room(&self, slots: u16) -> Result<(), RingError> {
+        let slots = self.flights.slots + u32::from(slots);
+        if slots > u32::from(self.ring.size) {
+            return Err(RingError::TooManyInFlight { slots, size: self.ring.size });
+        }
+        Ok(())
+    }
+
+    /// A list of descriptors, or a table, from its first word on. The first one's flags make the others visible; each is read once.
+    #[inline(never)]
+    fn pop_long(&mut self, memory: &RegionTable, first_word: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+        let (tail, first) = out.tail();
+        let mut walk = Walk::new(tail, self.limit);
+        let (mut word, mut at, mut slots) = (first_word, self.next, 1u16);
+        loop {
+            let (len, flags) = (word as u32, (word >> 48) as u16);
+            let address = self.ring.address(at.offset);
+            at = at.step(1, self.ring.size);
+            if flags & DESC_F_INDIRECT != 0 {
+                if !self.features.indirect {
+                    return Err(RingError::IndirectNotNegotiated);
+                }
+                if slots > 1 || flags & DESC_F_NEXT != 0 {
+                    return Err(RingError::IndirectInList);
+                }
+                self.table.walk_packed(memory, address, len, &mut walk)?;
+                break;
+            }
+            walk.descriptor(address, len, direction(flags))?;
+            if flags & DESC_F_NEXT == 0 {
+                break;
+            }
+            slots += 1;
+            if slots > self.ring.size {
+                return Err(RingError::ChainTooLong { limit: self.ring.size });
+            }
+            word = self.ring.word(at.offset);
+        }
+        self.check_room(slots)?;
+        let head = self.flights.next_place();
+        let mut chain = walk.finish(head, 0, first);
+        // The buffer id stands in the last descriptor of the list (2.8.6).
+        chain.serial = self.flights.start(head, (word >> 32) as u16, slots, chain.writable);
+        out.push(chain);
+        self.next = at;
+        Ok(())
+    }
+
+    /// What was completed since the last publish, taken apart for a loop that keeps it in locals.
+    #[inline(always)]
+    fn tail(&self) -> Tail {
+        Tail { size: self.ring.size, used: self.used, head: self.head, slots: self.unpublished, chains: self.unpublished_chains }
+    }
+
+    #[inline(always)]
+    fn set_tail(&mut self, tail: Tail) {
+        (self.used, self.head, self.unpublished, self.unpublished_chains) = (tail.used, tail.head, tail.slots, tail.chains);
+    }
+
+    /// In order: what is done, from the oldest on, goes into runs.
+    #[inline(always)]
+    fn complete_in_order<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        let (desc, mut run, mut tail) = (self.ring.desc.cells(), self.run, self.tail());
+        self.flights.finish_in_order(completions, |_, flight, len| {
+            match &mut run {
+                Some(open) if open.full => open.extend(flight.id, flight, len),
+                _ => {
+                    if let Some(closed) = run {
+                        tail.element(&desc, closed.place, closed.id, closed.len);
+                    }
+                    run = Some(Run::new(tail.used, flight.id, flight, len));
+                }
+            }
+            tail.advance(flight.slots);
+        })?;
+        self.run = run;
+        self.set_tail(tail);
+        Ok(())
+    }
+
+    #[cold]
+    fn mark_used(&self, memory: &RegionTable, from: Cursor, slots: u32) {
+        let before_wrap = slots.min(u32::from(self.ring.size - from.offset));
+        memory.mark(self.areas.descriptor + 16 * u64::from(from.offset), 16 * u64::from(before_wrap));
+        memory.mark(self.areas.descriptor, 16 * u64::from(slots - before_wrap));
+    }
+
+    fn set_event(&self, memory: &RegionTable, flags: u32) {
+        self.ring.device_event.store_release(0, packed_word(flags, self.next));
+        memory.mark(self.areas.device, 4);
+    }
+}
+
+/// Why a run of short chains ended.
+enum Stop {
+    Full,
+    Long(u64),
+}
+
+/// Used descriptors since the last publish.
+struct Tail {
+    size: u16,
+    used: Cursor,
+    head: Option<(u16, u64)>,
+    slots: u32,
+    chains: u32,
+}
+
+impl Tail {
+    /// One used descriptor. The first since the last publish is kept back.
+    #[inline(always)]
+    fn element(&mut self, desc: &U64Cells, at: Cursor, id: u16, len: u32) {
+        let write = if len > 0 { DESC_F_WRITE } else { 0 };
+        let word = rest(len, id, used_flags(at.wrap) | write);
+        if self.head.is_some() {
+            desc.store(2 * usize::from(at.offset) + 1, word);
+        } else {
+            self.head = Some((at.offset, word));
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, slots: u16) {
+        // The usual step does not wait for the table's answer.
+        self.used = if slots == 1 { self.used.step(1, self.size) } else { self.used.step(slots, self.size) };
+        self.slots += u32::from(slots);
+        self.chains += 1;
+    }
+}
+
+impl DeviceRing for PackedDevice {
+    fn size(&self) -> u16 {
+        self.ring.size
+    }
+
+    fn outstanding(&self) -> u16 {
+        self.flights.chains
+    }
+
+    fn chain_limit(&self) -> u16 {
+        self.limit
+    }
+
+    #[inline]
+    fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError> {
+        let mut popped = 0;
+        loop {
+            let (more, stop) = self.pop_short(out);
+            popped += more;
+            match stop {
+                Stop::Full => return Ok(popped),
+                Stop::Long(word) => match self.pop_long(memory, word, out) {
+                    Ok(()) => popped += 1,
+                    Err(_) if popped > 0 => return Ok(popped),
+                    Err(error) => return Err(error),
+                },
+            }
+        }
+    }
+
+    fn check(&self, completion: &Completion) -> Result<(), RingError> {
+        self.flights.check(completion)
+    }
+
+    #[inline]
+    fn complete_batch<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        if self.features.in_order {
+            return self.complete_in_order(completions);
+        }
+        let (desc, mut tail) = (self.ring.desc.cells(), self.tail());
+        // Used descriptors go over available ones that a refused batch may still hand back: check all before the first is written.
+        self.flights.check_batch(completions)?;
+        self.flights.finish_batch(completions, |_, flight, len| {
+            tail.element(&desc, tail.used, flight.id, len);
+            tail.advance(flight.slots);
+        })?;
+        self.set_tail(tail);
+        Ok(())
+    }
+
+    fn rewind(&mut self, count: usize) -> Result<(), RingError> {
+        self.flights.check_rewind(count)?;
+        for _ in 0..count {
+            if let Some(flight) = self.flights.rewind_one() {
+                self.next = self.next.back(flight.slots, self.ring.size);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn publish(&mut self, memory: &RegionTable) -> u32 {
+        if let Some(run) = self.run.take() {
+            let mut tail = self.tail();
+            tail.element(&self.ring.desc.cells(), run.place, run.id, run.len);
+            self.set_tail(tail);
+        }
+        let Some((offset, word)) = self.head.take() else { return 0 };
+        self.ring.publish_word(offset, word);
+        if memory.dirty().is_some() {
+            self.mark_used(memory, self.published, self.unpublished);
+        }
+        self.since = self.since.saturating_add(self.unpublished);
+        self.unpublished = 0;
+        self.published = self.used;
+        self.flights.published();
+        std::mem::take(&mut self.unpublished_chains)
+    }
+
+    #[inline]
+    fn should_notify(&mut self) -> Option<bool> {
+        let since = std::mem::take(&mut self.since);
+        if since == 0 {
+            return None;
+        }
+        full_fence(FencePoint::DeviceDecide);
+        if std::mem::take(&mut self.first_decision) {
+            return Some(true);
+        }
+        Some(packed_event(self.ring.driver_event.load(0), self.published, since, self.ring.size, self.features.event_idx))
+    }
+
+    fn arm(&mut self, memory: &RegionTable) -> bool {
+        self.set_event(memory, if self.features.event_idx { EVENT_FLAGS_DESC } else { EVENT_FLAGS_ENABLE });
+        full_fence(FencePoint::DeviceArm);
+        is_avail(self.ring.word(self.next.offset), self.next.wrap)
+    }
+
+    fn disarm(&mut self, memory: &RegionTable) {
+        self.set_event(memory, EVENT_FLAGS_DISABLE);
+    }
+
+    fn observe(&mut self) {
+        self.flights.observe();
+    }
+
+    fn told(&self) -> &[u16] {
+        self.flights.told()
+    }
+
+    fn clear_told(&mut self) {
+        self.flights.clear_told();
+    }
+
+    fn state(&self) -> RingState {
+        RingState { avail: self.next, used: self.published }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let private = vec![
+            ("next_avail", self.next.offset.into()),
+            ("avail_wrap", self.next.wrap.into()),
+            ("next_used", self.used.offset.into()),
+            ("used_wrap", self.used.wrap.into()),
+            ("in_flight", self.flights.chains.into()),
+            ("slots_in_flight", self.flights.slots.into()),
+        ];
+        Snapshot { private, shared: self.ring.shared() }
+    }
+}

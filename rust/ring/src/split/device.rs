@@ -1,0 +1,377 @@
+//! The device's side of the split ring.
+
+use super::{FLAGS, IDX, SplitRing};
+use crate::batch::ChainBatch;
+use crate::chain::{Chain, Segment, Walk};
+use crate::error::RingError;
+use crate::event::{self, Cursor};
+use crate::indirect::{TableCopy, direction};
+use crate::inflight::{Flight, InFlight, Names, Run, next_serial};
+use crate::options::{Areas, RingFeatures};
+use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, USED_F_NO_NOTIFY};
+#[cfg(not(loom))]
+use virtio_memory::U32RingCells;
+use virtio_memory::{FencePoint, RegionTable, full_fence};
+#[cfg(loom)]
+type U32RingCells<'a> = virtio_memory::U32Ring;
+
+/// Takes from the available ring, adds to the used ring.
+#[derive(Debug)]
+pub struct SplitDevice {
+    ring: SplitRing,
+    features: RingFeatures,
+    /// Where the device area lies: what is written there is marked in the dirty log.
+    used_address: u64,
+    limit: u16,
+    table: TableCopy,
+    flights: InFlight,
+    /// The next available position to look at, and the index that was read last.
+    next: u16,
+    seen: u16,
+    /// The next used position to write; up to `published` the driver has been told.
+    used: u16,
+    published: u16,
+    since: u32,
+    /// Nothing was decided yet since set-up or restore: the first decision notifies.
+    first_decision: bool,
+    run: Option<Run<u16>>,
+}
+
+impl SplitDevice {
+    /// A device on a ring. `base` is the avail position to resume from; without it both sides start at 0.
+    pub fn new(ring: SplitRing, features: RingFeatures, areas: Areas, limit: u16, base: Option<u16>) -> Result<Self, RingError> {
+        let size = ring.size;
+        let avail = base.unwrap_or(0);
+        let mut used = 0;
+        if base.is_some() {
+            // The base carries no used index: read it once, and check it (device-17).
+            used = ring.used.load_acquire(IDX);
+            let behind = avail.wrapping_sub(used);
+            if behind > size {
+                return Err(RingError::RestoredUsedIndex { used, base: avail, behind, size });
+            }
+        }
+        Ok(SplitDevice {
+            ring,
+            features,
+            used_address: areas.device,
+            limit,
+            table: TableCopy::new(limit),
+            flights: InFlight::new(size, Names::Heads, usize::from(avail & (size - 1))),
+            next: avail,
+            seen: avail,
+            used,
+            published: used,
+            since: 0,
+            first_decision: true,
+            run: None,
+        })
+    }
+
+    /// The index is at most the ring's size ahead (device-05).
+    #[inline(always)]
+    fn ready(&mut self, wanted: usize) -> Result<u16, RingError> {
+        let ready = self.seen.wrapping_sub(self.next);
+        if usize::from(ready) >= wanted {
+            return Ok(ready);
+        }
+        let index = self.ring.avail.load_acquire(IDX);
+        let ahead = index.wrapping_sub(self.next);
+        if ahead > self.ring.size {
+            return Err(RingError::AvailIndex { index, last: self.next, ahead, size: self.ring.size });
+        }
+        self.seen = index;
+        Ok(ahead)
+    }
+
+    /// Chains of one descriptor, until `limit` are in, the batch is full, or another kind of chain comes; tells how many.
+    #[inline(always)]
+    fn pop_short(&mut self, out: &mut ChainBatch, limit: usize) -> (usize, Stop) {
+        let (size, mask) = (self.ring.size, usize::from(self.ring.mask()));
+        let InFlight { entries, heads, newest, serial, chains, slots, .. } = &mut self.flights;
+        let free = usize::from(size) - *slots as usize;
+        let (room, used) = out.short_room(self.limit, limit.min(free));
+        let (entries, heads) = (&mut entries[..], &mut heads[..]);
+        let (avail, desc) = (self.ring.heads.cells(), self.ring.desc.cells());
+        let (first, mut number, mut popped, mut stop) = (self.next, *serial, 0, Stop::Full);
+        for (chain, segment) in room {
+            let place = usize::from(first) + popped;
+            let head = avail.load(place);
+            let Some(flight) = entries.get_mut(usize::from(head)) else {
+                stop = Stop::Bad(RingError::HeadOutOfRange { head, size });
+                break;
+            };
+            if flight.serial != 0 {
+                stop = Stop::Bad(RingError::HeadInFlight { head });
+                break;
+            }
+            let [address, rest] = desc.load_pair(head.into());
+            let (len, flags) = (rest as u32, (rest >> 32) as u16);
+            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != 0 || len == 0 {
+                stop = Stop::Long { head, address, rest };
+                break;
+            }
+            let direction = direction(flags);
+            let writable = direction.writable(len);
+            number = next_serial(number);
+            *flight = Flight { serial: number, writable, slots: 1, id: 0 };
+            heads[place & mask] = head;
+            *segment = Segment { address, len, direction };
+            *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
+            popped += 1;
+        }
+        if popped == free && popped < limit {
+            stop = Stop::Bad(RingError::TooManyInFlight { slots: u32::from(size) + 1, size });
+        }
+        self.next = first.wrapping_add(popped as u16);
+        (*newest, *serial) = (usize::from(self.next) & mask, number);
+        *chains += popped as u16;
+        *slots += popped as u32;
+        out.grow(popped);
+        (popped, stop)
+    }
+
+    fn check_room(&self, slots: u16) -> Result<(), RingError> {
+        let slots = self.flights.slots + u32::from(slots);
+        if slots > u32::from(self.ring.size) {
+            return Err(RingError::TooManyInFlight { slots, size: self.ring.size });
+        }
+        Ok(())
+    }
+
+    /// A chain of several descriptors, or of a table, from its first descriptor on. Each descriptor is read once.
+    #[inline(never)]
+    fn pop_long(&mut self, memory: &RegionTable, head: u16, address: u64, rest: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+        let (tail, first) = out.tail();
+        let mut walk = Walk::new(tail, self.limit);
+        let (mut address, mut rest, mut slots) = (address, rest, 1u16);
+        loop {
+            let (len, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
+            if flags & DESC_F_INDIRECT != 0 {
+                if !self.features.indirect {
+                    return Err(RingError::IndirectNotNegotiated);
+                }
+                if flags & DESC_F_NEXT != 0 {
+                    return Err(RingError::IndirectWithNext);
+                }
+                self.table.walk_split(memory, address, len, &mut walk)?;
+                break;
+            }
+            walk.descriptor(address, len, direction(flags))?;
+            if flags & DESC_F_NEXT == 0 {
+                break;
+            }
+            if next >= self.ring.size {
+                return Err(RingError::NextOutOfRange { next, limit: self.ring.size.into() });
+            }
+            slots += 1;
+            if slots > self.ring.size {
+                return Err(RingError::ChainTooLong { limit: self.ring.size });
+            }
+            [address, rest] = self.ring.desc.cells().load_pair(next.into());
+        }
+        self.check_room(slots)?;
+        let mut chain = walk.finish(head, 0, first);
+        chain.serial = self.flights.start(head, 0, slots, chain.writable);
+        out.push(chain);
+        self.next = self.next.wrapping_add(1);
+        Ok(())
+    }
+
+    /// In order: what is done, from the oldest on, goes into runs.
+    #[inline(always)]
+    fn complete_in_order<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        let (elements, mut run, mut used) = (self.ring.elements.cells(), self.run, self.used);
+        self.flights.finish_in_order(completions, |head, flight, len| {
+            match &mut run {
+                Some(open) if open.full => open.extend(head, flight, len),
+                _ => {
+                    if let Some(closed) = run {
+                        element(&elements, closed.place, closed.id, closed.len);
+                    }
+                    run = Some(Run::new(used, head, flight, len));
+                }
+            }
+            used = used.wrapping_add(1);
+        })?;
+        (self.run, self.used) = (run, used);
+        Ok(())
+    }
+
+    #[cold]
+    fn mark_used(&self, memory: &RegionTable, count: u16) {
+        let first = self.published.wrapping_sub(count) & self.ring.mask();
+        let before_wrap = count.min(self.ring.size - first);
+        memory.mark(self.used_address, 4);
+        memory.mark(self.used_address + 4 + 8 * u64::from(first), 8 * u64::from(before_wrap));
+        memory.mark(self.used_address + 4, 8 * u64::from(count - before_wrap));
+    }
+
+    fn set_event(&self, memory: &RegionTable, position: u16) {
+        self.ring.avail_event.store(0, position);
+        memory.mark(self.used_address + 4 + 8 * u64::from(self.ring.size), 2);
+    }
+
+    fn set_flags(&self, memory: &RegionTable, flags: u16) {
+        self.ring.used.store(FLAGS, flags);
+        memory.mark(self.used_address, 2);
+    }
+}
+
+/// Why a run of short chains ended.
+enum Stop {
+    Full,
+    Bad(RingError),
+    Long { head: u16, address: u64, rest: u64 },
+}
+
+#[inline(always)]
+fn element(elements: &U32RingCells, position: u16, id: u16, len: u32) {
+    elements.store_pair(usize::from(position), [id.into(), len]);
+}
+
+impl DeviceRing for SplitDevice {
+    fn size(&self) -> u16 {
+        self.ring.size
+    }
+
+    fn outstanding(&self) -> u16 {
+        self.flights.chains
+    }
+
+    fn chain_limit(&self) -> u16 {
+        self.limit
+    }
+
+    #[inline]
+    fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError> {
+        let n = usize::from(self.ready(out.room())?).min(out.room());
+        let mut popped = 0;
+        loop {
+            let (more, stop) = self.pop_short(out, n - popped);
+            popped += more;
+            let result = match stop {
+                Stop::Full => return Ok(popped),
+                Stop::Bad(error) => Err(error),
+                Stop::Long { head, address, rest } => self.pop_long(memory, head, address, rest, out),
+            };
+            match result {
+                Ok(()) => popped += 1,
+                Err(_) if popped > 0 => return Ok(popped),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn check(&self, completion: &Completion) -> Result<(), RingError> {
+        self.flights.check(completion)
+    }
+
+    #[inline]
+    fn complete_batch<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        if self.features.in_order {
+            return self.complete_in_order(completions);
+        }
+        let (elements, mut used) = (self.ring.elements.cells(), self.used);
+        // What is written here is only shown by the index.
+        self.flights.finish_batch(completions, |head, _, len| {
+            element(&elements, used, head, len);
+            used = used.wrapping_add(1);
+        })?;
+        self.used = used;
+        Ok(())
+    }
+
+    fn rewind(&mut self, count: usize) -> Result<(), RingError> {
+        self.flights.check_rewind(count)?;
+        for _ in 0..count {
+            if self.flights.rewind_one().is_some() {
+                self.next = self.next.wrapping_sub(1);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn publish(&mut self, memory: &RegionTable) -> u32 {
+        if let Some(run) = self.run.take() {
+            element(&self.ring.elements.cells(), run.place, run.id, run.len);
+        }
+        let count = self.used.wrapping_sub(self.published);
+        if count != 0 {
+            self.ring.used.store_release(IDX, self.used);
+            self.published = self.used;
+            self.flights.published();
+            self.since = self.since.saturating_add(count.into());
+            if memory.dirty().is_some() {
+                self.mark_used(memory, count);
+            }
+        }
+        count.into()
+    }
+
+    #[inline]
+    fn should_notify(&mut self) -> Option<bool> {
+        let since = std::mem::take(&mut self.since);
+        if since == 0 {
+            return None;
+        }
+        full_fence(FencePoint::DeviceDecide);
+        if std::mem::take(&mut self.first_decision) {
+            return Some(true);
+        }
+        if self.features.event_idx {
+            Some(event::split_event(self.ring.avail.load(self.ring.used_event()), self.published, since))
+        } else {
+            Some(self.ring.avail.load(FLAGS) & AVAIL_F_NO_INTERRUPT == 0)
+        }
+    }
+
+    fn arm(&mut self, memory: &RegionTable) -> bool {
+        if self.features.event_idx {
+            self.set_event(memory, self.next);
+        } else {
+            self.set_flags(memory, 0);
+        }
+        full_fence(FencePoint::DeviceArm);
+        self.ring.avail.load_acquire(IDX) != self.next
+    }
+
+    fn disarm(&mut self, memory: &RegionTable) {
+        if self.features.event_idx {
+            // flags stay 0 here (2.7.10.2): the event index is parked where the next 65535 entries do not pass it.
+            self.set_event(memory, self.next.wrapping_sub(1));
+        } else {
+            self.set_flags(memory, USED_F_NO_NOTIFY);
+        }
+    }
+
+    fn observe(&mut self) {
+        self.flights.observe();
+    }
+
+    fn told(&self) -> &[u16] {
+        self.flights.told()
+    }
+
+    fn clear_told(&mut self) {
+        self.flights.clear_told();
+    }
+
+    fn state(&self) -> RingState {
+        let cursor = |index| Cursor { offset: index, wrap: false };
+        RingState { avail: cursor(self.next), used: cursor(self.published) }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let private = vec![
+            ("next_avail", self.next.into()),
+            ("next_used", self.used.into()),
+            ("published", self.published.into()),
+            ("in_flight", self.flights.chains.into()),
+            ("slots_in_flight", self.flights.slots.into()),
+        ];
+        Snapshot { private, shared: self.ring.shared() }
+    }
+}

@@ -1,0 +1,24 @@
+"""What all tests share: the two ring formats, and how hypothesis runs."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from virtio.features import Features
+from virtio.spec import Feature
+
+# The same examples in each run: a failure that comes and goes helps nobody. `--hypothesis-profile=explore` looks further.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(params=["split", "packed"])
+def ring_format(request: pytest.FixtureRequest) -> str:
+    """Name of the format, for tests that hold in both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def ring_features(ring_format: str) -> Features:
+    """The feature bits that select `ring_format`."""
+    return Features({Feature.VERSION_1, Feature.RING_PACKED} if ring_format == "packed" else {Feature.VERSION_1})
