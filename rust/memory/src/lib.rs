@@ -26,6 +26,7 @@ mod pool;
 mod raw;
 mod region;
 mod registers;
+mod row;
 mod sigbus;
 mod span;
 #[cfg(not(loom))]
@@ -35,7 +36,7 @@ mod word;
 mod word;
 
 pub use allocator::Allocator;
-pub use burst::{Burst, Column, Limit, RawRow, Row, RowError};
+pub use burst::Burst;
 pub use copy::IoVecs;
 pub use descriptor::duplicate;
 pub use dirty::{DirtyBitmap, PAGE_SIZE};
@@ -48,6 +49,7 @@ pub use mapping::{HugePages, Mapping};
 pub use pool::{BufferPool, HEADROOM, Lender, Owner, PoolState};
 pub use region::{Region, RegionTable};
 pub use registers::Registers;
+pub use row::{Column, Limit, RawRow, Row, RowError};
 pub use sigbus::MAX_GUARDED;
 pub use span::Span;
 pub use word::{U16Array, U16Ring, U32Array, U32Ring, U64Array, U64Ring};
