@@ -41,7 +41,7 @@ wheel: setup ## wheel (abi3, manylinux_2_28) and sdist into dist/
 
 bench: setup ## benchmarks, Rust and Python, built for speed (see benches/README.md)
 	PIP_QUIET=1 maturin develop --quiet --release --locked
-	cargo bench --locked --workspace
+	cargo bench --locked --package virtqueue
 	pytest benches
 
 fuzz: setup fuzz-tool ## fuzz each target for FUZZ_SECONDS (600)

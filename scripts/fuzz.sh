@@ -8,7 +8,7 @@ seconds=${1:-60}
 shift || true
 targets=("$@")
 [ ${#targets[@]} -gt 0 ] || targets=(chain_walk queue_ops split_packed)
-plant_limit=300
+plant_limit=900
 # libFuzzer: inputs of up to 1 KiB, and one that takes 10 s counts as a hang.
 options=(-max_len=1024 -timeout=10 -print_final_stats=0 -verbosity=1)
 

@@ -33,6 +33,8 @@ class Notifications:
     size: int
     first_is_told: bool
     """Whether the first decision notifies whatever was asked for."""
+    behind_all: bool
+    """Whether arming asks for the next one even if some are left: a device's does, a driver's asks from where it took the last."""
     wish: str = "initial"
     event: int = 0
     event_slots: int = 0
@@ -46,7 +48,11 @@ class Notifications:
 
     def arm(self) -> bool:
         """The consumer asks for a notification at what comes next; true if something is there already."""
-        self.wish, self.event, self.event_slots = "armed", self.consumed, self.consumed_slots
+        self.wish = "armed"
+        if self.behind_all:
+            self.event, self.event_slots = self.produced, self.produced_slots
+        else:
+            self.event, self.event_slots = self.consumed, self.consumed_slots
         return self.consumed < self.produced
 
     def disarm(self) -> None:
@@ -113,8 +119,8 @@ class ModelQueue:
     returns: int = 0
 
     def __post_init__(self) -> None:
-        self.to_device = Notifications(self.event_idx, self.size, first_is_told=False)
-        self.to_driver = Notifications(self.event_idx, self.size, first_is_told=True)
+        self.to_device = Notifications(self.event_idx, self.size, first_is_told=False, behind_all=True)
+        self.to_driver = Notifications(self.event_idx, self.size, first_is_told=True, behind_all=False)
         self.newest: list[ModelChain | None] = []
 
     @property

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from tests.pair import SLOT_SIZE
 from virtio import BufferPool, DriverQueue, EventFd, GuestMemory, Memory, StatusError
 
 
@@ -65,6 +66,25 @@ def test_allocations_do_not_overlap_and_come_back() -> None:
         for offset in (second, first, aligned):
             memory.free(offset)
         assert memory.allocate(4096) == 0
+
+
+def test_what_queues_and_pools_own_is_theirs_to_free() -> None:
+    memory = Memory(1 << 16)
+    queue, pool = DriverQueue(memory, 8), BufferPool(memory, 4, slot_size=SLOT_SIZE)
+    for area in queue.areas:
+        with pytest.raises(ValueError, match=f"offset {area} belongs to a queue"):
+            memory.free(area)
+    with pytest.raises(ValueError, match=f"offset {pool.offset} belongs to a buffer pool"):
+        memory.free(pool.offset)
+    own = memory.allocate(64)
+    memory.free(own)
+    areas = queue.areas
+    queue.close()
+    del queue
+    with pytest.raises(ValueError, match=f"{areas[0]}"):
+        memory.free(areas[0])
+    assert memory.allocate(64, align=64) == areas[0]
+    memory.free(areas[0])
 
 
 def test_views_look_into_the_memory_itself_and_keep_it() -> None:

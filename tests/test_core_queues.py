@@ -349,6 +349,38 @@ def test_batches_carry_descriptors_only(ring_format: str) -> None:
     assert (pair.device.complete_batch(batch), pair.driver.pop_used()) == (3, [(2, 29), (3, 39), (4, 49)])
 
 
+def test_rewound_chains_leave_their_batch(ring_format: str) -> None:
+    pair = Pair(ring_format, 8)
+    batch = pair.device.batch(6)
+    for number in range(6):
+        pair.driver.add(number, writable=[pair.room(10 * (number + 1))])
+    pair.driver.publish()
+    assert pair.device.pop_batch(batch) == 6
+    pair.device.rewind(4)
+    assert (pair.device.pop_batch(batch), batch.count, list(batch.writable)) == (4, 6, [10, 20, 30, 40, 50, 60])
+    batch.used[:] = batch.writable
+    pair.device.rewind(2)
+    assert (pair.device.complete_batch(batch), batch.count) == (4, 0)
+    assert pair.driver.pop_used() == [(number, 10 * (number + 1)) for number in range(4)]
+    assert (pair.device.pop_batch(batch), list(batch.writable[:2]), pair.device.complete_batch(batch)) == (2, [50, 60], 2)
+    assert (pair.driver.pop_used(), pair.device.outstanding) == ([(4, 0), (5, 0)], 0)
+
+
+def test_rewound_chains_that_were_not_meant_leave_their_batch(ring_format: str) -> None:
+    pair = Pair(ring_format, 8)
+    batch = pair.device.batch(6)
+    for number in range(6):
+        pair.driver.add(number, writable=[pair.room(10 * (number + 1))])
+    pair.driver.publish()
+    assert pair.device.pop_batch(batch) == 6
+    batch.count = 1
+    assert (pair.device.complete_batch(batch), batch.count) == (1, 5)
+    batch.count = 2
+    pair.device.rewind(2)
+    assert (pair.device.complete_batch(batch), batch.count, list(batch.writable[:1])) == (2, 1, [40])
+    assert (pair.device.pop_batch(batch), batch.count, list(batch.writable[:3])) == (2, 3, [40, 50, 60])
+
+
 def test_tokens_and_bursts_do_not_mix(ring_format: str) -> None:
     pair = Pair(ring_format)
     burst, rx = pair.pool.burst(2), pair.far.burst(2)

@@ -130,6 +130,11 @@ def test_what_is_the_parents_is_refused_in_the_child(ring_format: str) -> None:
     fill(burst, [b"x"])
     pair.driver.add_burst(burst)
     pair.device.pop_burst(far)
+    other = Pair(ring_format)
+    other.driver.add("token", readable=[other.place(b"x")])
+    other.driver.publish()
+    chain = other.device.pop()[0]
+    other.device.close()
     parent = os.getpid()
 
     def work() -> None:
@@ -154,6 +159,7 @@ def test_what_is_the_parents_is_refused_in_the_child(ring_format: str) -> None:
             lambda: pair.device.pop_burst(far),
             lambda: pair.device.complete_burst(far),
             lambda: pair.device.fill_burst(far),
+            lambda: chain.completed,
             lambda: pair.device.base,
             pair.device.reset,
             pair.device.close,

@@ -112,3 +112,21 @@ def test_only_a_driver_owns_memory(guest: GuestMemory) -> None:
         RawSplitDevice(guest, 4)
     with pytest.raises(ValueError, match="0x10"):
         RawSplitDevice(guest, 4, (BASE, BASE, BASE), address=16)
+
+
+def test_a_value_that_does_not_fit_leaves_the_field_beside_it_alone() -> None:
+    split, packed = RawSplitDriver(Memory(1 << 16), 8), RawPackedDriver(Memory(1 << 16), 8)
+    for ring in (split, packed):
+        for arguments, what in [
+            ((0, 1 << 64, 1), "address 18446744073709551616 does not fit in 64 bits"),
+            ((0, 0, 1 << 32), "length 4294967296 does not fit in 32 bits"),
+            ((0, 0, 1, 1 << 16), "65536 does not fit in 16 bits"),
+            ((0, 0, 1, 0, 1 << 16), "65536 does not fit in 16 bits"),
+            ((8, 0, 1), "descriptor 8 is not in 0 to 7"),
+            ((-1, 0, 1), "descriptor -1 is not in 0 to 7"),
+        ]:
+            with pytest.raises(ValueError, match=what):
+                ring.set_descriptor(*arguments)
+        assert tuple(ring.descriptor(0)) == (0, 0, 0, 0)
+        with pytest.raises(ValueError, match="at least one segment"):
+            ring.add([])

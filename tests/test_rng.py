@@ -86,6 +86,21 @@ def test_a_source_that_gives_nothing_is_an_error_that_comes_through(loopback: Lo
         driver.read(1)
 
 
+def test_a_source_that_fails_once_loses_no_request(loopback: Loopback, ring_features: Features) -> None:
+    numbers, failures = counting(), [OSError("no entropy for now")]
+
+    def source(count: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return numbers(count)
+
+    with RngDriver(loopback(RngDevice(source)), wanted=ring_features) as driver:
+        with pytest.raises(OSError, match="no entropy for now"):
+            driver.read(8)
+        assert driver.requestq.outstanding == 1
+        assert driver.read(8) == expected(8)
+
+
 def test_a_negative_count_is_refused(loopback: Loopback) -> None:
     with RngDriver(loopback(RngDevice())) as driver, pytest.raises(ValueError, match="-1"):
         driver.read(-1)
@@ -118,9 +133,13 @@ def test_only_the_used_length_counts(loopback: Loopback, ring_features: Features
 
 def test_driver_03_a_used_length_beyond_the_buffer_is_clamped(loopback: Loopback, ring_features: Features) -> None:
     transport: LoopbackTransport
+    boasted: list[bool] = []
 
     def boast(queue: DeviceQueue) -> None:
-        """The far end by hand: one used element that claims 4 GiB less 1."""
+        """The far end by hand: one used element that claims 4 GiB less 1, once."""
+        if boasted:
+            return
+        boasted.append(True)
         if queue.ring_format == "packed":
             packed = RawPackedDevice(transport.device.memory, queue.size, queue.areas)
             ((descriptor,),) = packed.available()

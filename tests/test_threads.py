@@ -1,18 +1,23 @@
 """Any thread may use anything: nothing is lost or doubled, and nobody waits with the GIL in hand."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sysconfig
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import thread_work
-from tests.pair import Pair
+from tests.pair import SLOT_SIZE, Pair
+from virtio import Memory
 from virtio._core import BufferPool, DeviceQueue, DriverQueue, _hold
 
 ROOT = Path(__file__).parents[1]
@@ -79,3 +84,42 @@ def test_under_a_free_threaded_interpreter(tmp_path: Path, capsys: pytest.Captur
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]), "PYTHON_GIL": "0"}
     result = subprocess.run([found, "-m", "tests.thread_work"], env=environment, check=True, capture_output=True, text=True)
     assert result.stdout == "done\n"
+
+
+@pytest.mark.parametrize("call", ["write", "header", "scatter"])
+def test_columns_that_change_meanwhile_lead_nowhere_else(call: str) -> None:
+    """numpy computes without the GIL: what a call checked is what it does, whatever another thread puts into the columns."""
+    rows = 128
+    pool = BufferPool(Memory(1 << 20), 3 * rows, slot_size=SLOT_SIZE)
+    low, burst, high = pool.burst(rows), pool.burst(rows), pool.burst(rows)
+    for one in (low, burst, high):
+        pool.take(one)
+    beside = [pool.offset + int(slot) * SLOT_SIZE for one in (low, high) for slot in one.slots]
+    for at in beside:
+        pool.memory.write(at, b"." * SLOT_SIZE)
+    edge = int(burst.slots.argmax() if call == "write" else burst.slots.argmin())
+    data = {"write": b"x" * SLOT_SIZE, "header": b"x" * 64, "scatter": b"x" * 64 * rows}[call]
+    done = threading.Event()
+
+    def spoil(column: np.ndarray[Any, Any], values: tuple[int, int]) -> None:
+        cell = np.lib.stride_tricks.as_strided(column[edge : edge + 1], shape=(1 << 18, 2), strides=(0, 0), writeable=True)
+        while not done.is_set():
+            np.copyto(cell, values)
+
+    spoilers = [threading.Thread(target=spoil, args=(burst.offsets, (0, SLOT_SIZE - 1)))]
+    if call == "scatter":
+        spoilers.append(threading.Thread(target=spoil, args=(burst.more, (0, 1))))
+    for thread in spoilers:
+        thread.start()
+    try:
+        for _ in range(1000):
+            time.sleep(0)  # lets numpy start again
+            burst.offsets[:] = 0 if call == "write" else 64
+            burst.lengths[:] = 1
+            with contextlib.suppress(ValueError):
+                getattr(burst, call)(data)
+    finally:
+        done.set()
+        for thread in spoilers:
+            thread.join()
+    assert all(pool.memory.read(at, SLOT_SIZE) == b"." * SLOT_SIZE for at in beside)

@@ -82,7 +82,7 @@ class Memory(Buffer):
         process's.
         """
     def free(self, offset: int) -> None:
-        """Gives back what `allocate` returned. ValueError: nothing was allocated there. StatusError: as `allocate`."""
+        """Gives back what `allocate` returned. ValueError: not allocated, or by a queue or pool. StatusError: as `allocate`."""
     def read(self, offset: int, length: int) -> bytes:
         """A copy of `length` bytes. ValueError: they are not all inside. StatusError: closed."""
     def write(self, offset: int, data: Buffer) -> None:
@@ -306,7 +306,7 @@ class DriverQueue:
         """How many chains were added and not popped."""
     @property
     def broken(self) -> Exception | None:
-        """The device's first mistake, once a call has raised it. Stays after `close`."""
+        """The device's first mistake, or that the memory was lost (its file was truncated), once a call raised it. Stays after `close`."""
     @property
     def notification_value(self) -> int:
         """What an available-buffer notification carries now: the index, with NOTIFICATION_DATA also the next position (2.9)."""
@@ -382,11 +382,17 @@ class Chain:
         """(address, length, writable) of each segment that is not empty."""
     @property
     def completed(self) -> bool:
-        """Whether it is not in flight any more."""
+        """Whether it is not in flight any more. StatusError: another process's queue."""
     def read(self, length: int | None = None, *, offset: int = 0) -> bytes:
-        """A copy of readable bytes: `length` of them (by default all) from `offset`. ValueError: there are not so many."""
+        """A copy of readable bytes: `length` of them (by default all) from `offset`. ValueError: there are not so many.
+
+        SpecViolation: they are not mapped, or their file was truncated; the queue is broken then.
+        """
     def write(self, data: Buffer, *, offset: int = 0) -> int:
-        """Copies `data` to the writable bytes from `offset`; returns its length. ValueError: there is no such room."""
+        """Copies `data` to the writable bytes from `offset`; returns its length. ValueError: there is no such room.
+
+        SpecViolation: as `read`.
+        """
 
 @final
 class ChainBatch:
@@ -456,7 +462,7 @@ class DeviceQueue:
         """How many chains are in flight. StatusError: closed; as in all that follows but `broken`, `base`, `counters`, `reset`, `close`."""
     @property
     def broken(self) -> Exception | None:
-        """The driver's first mistake, once a call has raised it. Stays after `close`."""
+        """The driver's first mistake, once a call raised it. Stays after `close`."""
     @property
     def base(self) -> int:
         """Where to resume: the next available index; packed: offset and wrap counter of it in bits 0 to 15, of the used side above."""
@@ -475,7 +481,7 @@ class DeviceQueue:
     def rewind(self, count: int = 1) -> None:
         """Hands the `count` newest chains back to the ring, as if they had not been popped.
 
-        ValueError: fewer are in flight, one of them was completed, or chains stand in bursts.
+        Batches forget them at their next use. ValueError: fewer are in flight, one of them was completed, or chains stand in bursts.
         """
     def publish(self) -> bool:
         """Makes all completed chains visible with one store, and notifies the driver if it wants it (2.7.7.2, 2.8.10); returns whether."""

@@ -16,12 +16,13 @@ transport made of registers ignores such a write. A broken rule in a queue makes
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import Enum
 from threading import RLock
 from typing import ClassVar, Final, NamedTuple
 
 from virtio._core import DeviceQueue, EventFd, GuestMemory
-from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError
+from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, VirtioError
 from virtio.features import Features, Requires, broken_rules, check_accepted
 from virtio.spec import Feature, Status
 from virtio.status import StatusTable, locked
@@ -302,7 +303,8 @@ class Device:
 
         Before DRIVER_OK, and once a reset is needed, nothing is served (2.1.2). Each queue is left asking for a notification, or with its
         doorbell signalled by ourselves if there is more to do than `POLL_ROUNDS` allows. SpecViolation: the driver broke a rule; the device
-        needs a reset from then on. Whatever else a handler raises comes through as well, with the queue ready to be polled again.
+        needs a reset from then on. Whatever else a handler raises comes through: what it completed is published, what it popped besides
+        is handed back, and the queue is ready to be polled again.
         """
         calls = 0
         ready = dict(self._served)
@@ -327,25 +329,35 @@ class Device:
         return calls
 
     def _serve(self, served: _Served) -> bool:
-        """Calls the handler once; tells whether it took anything, so that looking again makes sense."""
+        """Lets the handler look, unasked for notifications; tells whether it took anything, so that looking again makes sense.
+
+        If it takes nothing it looks once more with the queue armed: what comes later rings the doorbell.
+        """
+        served.queue.disarm()
+        if self._call(served):
+            return True
+        if served.queue.broken is None:
+            served.queue.arm()
+            return self._call(served)
+        return False
+
+    def _call(self, served: _Served) -> bool:
+        """Calls the handler; tells whether it took anything."""
         queue = served.queue
-        queue.disarm()
-        before = queue.base
+        before = _progress(queue)
         try:
             served.handler(queue)
         except SpecViolation:
             self.need_reset()
             raise
         except BaseException:
+            _hand_back(queue, before)
             served.doorbell.signal()  # what it left is looked at again
             raise
         if queue.broken is not None:  # the handler kept the exception to itself
             self.need_reset()
             return False
-        if queue.base == before:
-            queue.arm()
-            return False
-        return True
+        return _progress(queue) != before
 
     def _features_stick(self) -> bool:
         self.refused = None
@@ -365,3 +377,19 @@ class Device:
     def _check_config(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > len(self.config):
             raise ValueError(f"configuration bytes {offset}..{offset + length} are outside 0..{len(self.config)}")
+
+
+def _progress(queue: DeviceQueue) -> tuple[int, int]:
+    """Chains popped and chains used since set-up: numbers that do not come round again, as positions do."""
+    counters = queue.counters
+    return counters["popped"], counters["used"]
+
+
+def _hand_back(queue: DeviceQueue, before: tuple[int, int]) -> None:
+    """Publishes what a failed handler completed, and hands back what it popped and left, as far as that goes: the newest chains."""
+    popped = queue.counters["popped"] - before[0]
+    with suppress(ValueError, VirtioError):
+        for _ in range(min(popped, queue.outstanding)):
+            queue.rewind()
+    with suppress(VirtioError):
+        queue.publish()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from virtio._core import GuestMemory, Memory
 from virtio.features import Features
 from virtio.spec import DESCRIPTOR_SIZE, DescriptorFlag, Feature, RingEvent
-from virtio.testing.raw import Areas, RawRing, Segment
+from virtio.testing.raw import Areas, RawRing, Segment, fits
 
 
 class PackedDescriptor(NamedTuple):
@@ -23,8 +23,8 @@ class PackedDescriptor(NamedTuple):
 
     @property
     def word(self) -> int:
-        """Length, id and flags as the one 64-bit word that makes them visible."""
-        return self.length | self.id << 32 | self.flags << 48
+        """Length, id and flags as the one 64-bit word that makes them visible. ValueError: one of them does not fit."""
+        return fits("length", self.length, 32) | fits("id", self.id, 16) << 32 | fits("flags", self.flags, 16) << 48
 
 
 class PackedEvent(NamedTuple):
@@ -36,8 +36,8 @@ class PackedEvent(NamedTuple):
 
     @property
     def word(self) -> int:
-        """The structure as one 32-bit word."""
-        return self.offset | self.wrap << 15 | self.flags << 16
+        """The structure as one 32-bit word. ValueError: a field does not fit (`flags` may take all of its 16 bits)."""
+        return fits("offset", self.offset, 15) | fits("wrap", self.wrap, 1) << 15 | fits("flags", self.flags, 16) << 16
 
     @classmethod
     def from_word(cls, word: int) -> "PackedEvent":
@@ -62,20 +62,21 @@ class PackedRing(RawRing):
 
     def descriptor(self, position: int) -> PackedDescriptor:
         """The descriptor at `position`: the word with the flags is read first."""
-        place = self.areas[0] + DESCRIPTOR_SIZE * position
+        place = self.descriptor_place(position)
         word = self.window.load(place + 8, 8)
         return PackedDescriptor(self.window.load(place, 8), word & 0xFFFF_FFFF, word >> 32 & 0xFFFF, word >> 48)
 
     def set_descriptor(self, position: int, address: int, length: int, id: int = 0, flags: int = 0) -> None:
         """Writes the descriptor at `position`: the address first, then length, id and flags at once."""
-        place = self.areas[0] + DESCRIPTOR_SIZE * position
-        self.window.store(place, 8, address)
-        self.window.store(place + 8, 8, PackedDescriptor(address, length, id, flags).word)
+        place = self.descriptor_place(position)
+        word = PackedDescriptor(address, length, id, flags).word
+        self.window.store(place, 8, fits("address", address, 64))
+        self.window.store(place + 8, 8, word)
 
     def set_flags(self, position: int, flags: int) -> None:
         """Writes the flags at `position` and leaves id and length as they are."""
-        place = self.areas[0] + DESCRIPTOR_SIZE * position + 8
-        self.window.store(place, 8, self.window.load(place, 8) & 0xFFFF_FFFF_FFFF | flags << 48)
+        place = self.descriptor_place(position) + 8
+        self.window.store(place, 8, self.window.load(place, 8) & 0xFFFF_FFFF_FFFF | fits("flags", flags, 16) << 48)
 
     @property
     def driver_event(self) -> PackedEvent:
@@ -118,6 +119,8 @@ class RawPackedDriver(PackedRing):
 
         With `visible=False` the first descriptor keeps flags that mean "not available" until `make_available` is called with its position.
         """
+        if not segments:
+            raise ValueError("a chain needs at least one segment")
         head, head_wrap = self.position, self.wrap
         later = []
         for number, (address, length, writable) in enumerate(segments):

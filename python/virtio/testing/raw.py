@@ -3,12 +3,20 @@
 from typing import SupportsIndex
 
 from virtio._core import GuestMemory, Memory, layout
+from virtio.spec import DESCRIPTOR_SIZE
 
 Segment = tuple[int, int, bool]
 """(address, length in bytes, whether the device may write it)."""
 
 Areas = tuple[int, int, int]
 """Addresses of the descriptor, driver and device area, as the device sees them (2.6)."""
+
+
+def fits(name: str, value: int, bits: int) -> int:
+    """`value`, if it fits in a field of so many bits. ValueError: it does not, and would change the field beside it."""
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{name} {value} does not fit in {bits} bits")
+    return value
 
 
 class Window:
@@ -53,7 +61,7 @@ class Window:
 
 
 class RawRing:
-    """Three areas in memory and a size; nothing is checked."""
+    """Three areas in memory and a size. No rule of the ring is checked, only that a value fits in its field and a place is in the ring."""
 
     features: SupportsIndex = 0
 
@@ -62,3 +70,9 @@ class RawRing:
         self.window = Window(memory, address)
         self.size = size
         self.areas = self.window.allocate(self.features, size) if areas is None else areas
+
+    def descriptor_place(self, position: int) -> int:
+        """The address of a descriptor. ValueError: there is no such position."""
+        if not 0 <= position < self.size:
+            raise ValueError(f"descriptor {position} is not in 0 to {self.size - 1}")
+        return self.areas[0] + DESCRIPTOR_SIZE * position

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from virtio._core import GuestMemory, Memory
 from virtio.spec import DESCRIPTOR_SIZE, RING_HEADER_SIZE, USED_ELEMENT_SIZE, DescriptorFlag
-from virtio.testing.raw import Areas, RawRing, Segment, Window
+from virtio.testing.raw import Areas, RawRing, Segment, Window, fits
 
 _WRAP = 1 << 16
 
@@ -24,8 +24,10 @@ class SplitDescriptor(NamedTuple):
 
 
 def write_descriptor(window: Window, address: int, descriptor: SplitDescriptor) -> None:
-    """Writes a descriptor anywhere, for instance into an indirect table."""
-    rest = descriptor.length | descriptor.flags << 32 | descriptor.next << 48
+    """Writes a descriptor anywhere, for instance into an indirect table. ValueError: a field's value does not fit."""
+    fits("address", descriptor.address, 64)
+    length, flags = fits("length", descriptor.length, 32), fits("flags", descriptor.flags, 16)
+    rest = length | flags << 32 | fits("next", descriptor.next, 16) << 48
     if address % 8:  # an indirect table needs no alignment
         window.write(address, descriptor.address.to_bytes(8, "little") + rest.to_bytes(8, "little"))
     else:
@@ -38,13 +40,13 @@ class SplitRing(RawRing):
 
     def descriptor(self, index: int) -> SplitDescriptor:
         """Entry `index` of the descriptor table."""
-        place = self.areas[0] + DESCRIPTOR_SIZE * index
+        place = self.descriptor_place(index)
         rest = self.window.load(place + 8, 8)
         return SplitDescriptor(self.window.load(place, 8), rest & 0xFFFF_FFFF, rest >> 32 & 0xFFFF, rest >> 48)
 
     def set_descriptor(self, index: int, address: int, length: int, flags: int = 0, next: int = 0) -> None:
         """Writes entry `index` of the descriptor table."""
-        write_descriptor(self.window, self.areas[0] + DESCRIPTOR_SIZE * index, SplitDescriptor(address, length, flags, next))
+        write_descriptor(self.window, self.descriptor_place(index), SplitDescriptor(address, length, flags, next))
 
     @property
     def avail_flags(self) -> int:
@@ -132,6 +134,8 @@ class RawSplitDriver(SplitRing):
 
     def add(self, segments: Sequence[Segment]) -> int:
         """Writes a legal chain into the descriptor table; returns its head. Nobody sees it before `make_available`."""
+        if not segments:
+            raise ValueError("a chain needs at least one segment")
         places = [(self.next_descriptor + i) % self.size for i in range(len(segments))]
         for number, (address, length, writable) in enumerate(segments):
             last = number == len(segments) - 1

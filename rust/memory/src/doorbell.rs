@@ -27,11 +27,17 @@ impl EventFd {
         }
     }
 
-    /// One that somebody passed. It is made non-blocking, for all who share it: else a peer could make `signal` wait.
+    /// One that somebody passed. It is made non-blocking, for all who share it. A peer that makes it blocking again, and fills it, can still
+    /// make `signal` wait.
     ///
     /// # Errors
-    /// `Os` if its flags cannot be changed.
+    /// `NotEventFd` for a descriptor of another kind; `Os` if its flags cannot be changed.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, MemoryError> {
+        // Eight bytes written into anything else would be damage. Where there is no /proc, the kind cannot be told.
+        match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            Ok(kind) if kind.as_os_str() != "anon_inode:[eventfd]" => return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() }),
+            _ => {}
+        }
         // SAFETY: fcntl with these commands touches no memory.
         unsafe {
             let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);

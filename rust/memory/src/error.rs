@@ -175,6 +175,12 @@ pub enum MemoryError {
         /// The most there can be.
         limit: usize,
     },
+    /// A descriptor that was passed as an eventfd is something else.
+    #[error("descriptor {fd} is not an eventfd")]
+    NotEventFd {
+        /// The descriptor's number here.
+        fd: i32,
+    },
     /// A system call failed.
     #[error("{operation}: {}", os(*errno))]
     Os {

@@ -129,7 +129,14 @@ impl DeviceBursts {
             }
         }
         self.chains -= self.completions.len();
-        queue.complete_batch(&self.completions[..])?;
+        match queue.complete_batch(&self.completions[..]) {
+            Err(RingError::NotInFlight { .. }) => {
+                // Somebody completed one of them under another name: the others are not lost for that.
+                self.completions.retain(|completion| queue.check(completion).is_ok());
+                queue.complete_batch(&self.completions[..])?;
+            }
+            result => result?,
+        }
         Ok(if queue.broken().is_none() { self.completions.len() } else { 0 })
     }
 
@@ -145,6 +152,10 @@ impl DeviceBursts {
         let mut left = usize::from(queue.size());
         loop {
             let (popped, dropped) = self.pop_once(queue, state, burst)?;
+            if let Some(error) = lost(queue) {
+                burst.give_back(state);
+                return Err(error);
+            }
             left = left.saturating_sub(dropped);
             if popped > 0 || dropped == 0 || left == 0 {
                 return Ok(popped);
@@ -199,7 +210,7 @@ impl DeviceBursts {
         if taken < popped {
             queue.rewind_from(&mut self.batch, taken)?;
         }
-        if dropped > 0 {
+        if dropped > 0 && queue.memory().poisoned().is_none() {
             queue.count_dropped(dropped as u64);
             queue.complete_batch(&self.completions[..])?;
         }
@@ -258,11 +269,18 @@ impl DeviceBursts {
                 fault = Some(error);
                 break;
             }
+            if queue.memory().poisoned().is_some() {
+                break; // the bytes went nowhere
+            }
             for row in rows {
                 state.release(row.slot, burst.owner())?;
             }
             sent += rows.len();
             filled += 1;
+        }
+        if let Some(error) = lost(queue) {
+            keep_rest(burst, &self.rows[sent..]);
+            return Err(error);
         }
         if let (Some(error), 0) = (&fault, filled) {
             return Err(unmapped(queue, error.clone()));
@@ -288,6 +306,18 @@ fn unmapped<R: DeviceRing>(queue: &mut DeviceQueue<R>, error: MemoryError) -> Bu
     let error = RingError::BufferUnmapped(error);
     queue.break_with(error.clone());
     error.into()
+}
+
+/// Memory that was truncated breaks the queue, once: zeros stand where bytes were, and what was copied is worth nothing (device-24).
+#[inline]
+fn lost<R: DeviceRing>(queue: &mut DeviceQueue<R>) -> Option<BurstError> {
+    let (address, len) = queue.memory().poisoned()?;
+    if queue.broken().is_some() {
+        return None;
+    }
+    let error = RingError::MemoryLost { address, len };
+    queue.break_with(error.clone());
+    Some(error.into())
 }
 
 /// Copies one chain's readable bytes into new slots of the burst, from `row` on. There are enough slots and rows.

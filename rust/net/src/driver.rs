@@ -136,6 +136,13 @@ impl DriverBursts {
         direction: Direction,
     ) -> Result<usize, BurstError> {
         let Some(held) = &mut self.held else { return Ok(0) };
+        if queue.free() == 0 {
+            // Nothing will fit: the rows are checked, and stay as they are.
+            burst.validate(state, &mut self.rows)?;
+            check_packets(&self.rows, queue.size())?;
+            burst.set_unsent(self.rows.iter().filter(|row| !row.more).count() as u32);
+            return Ok(0);
+        }
         let base = self.base + held.pool.offset() as u64;
         let slot_size = held.pool.slot_size() as u64;
         let (buffers, mut written) = (&mut self.buffers[..], 0);
@@ -189,14 +196,7 @@ impl DriverBursts {
         direction: Direction,
     ) -> Result<usize, BurstError> {
         let Some(held) = &mut self.held else { return Ok(0) };
-        let size = queue.size();
-        let mut end = 0;
-        for packet in self.rows.chunk_by(|row, _| row.more) {
-            end += packet.len();
-            if packet.len() > usize::from(size) {
-                return Err(BurstError::TooManyRows { row: end - 1, rows: packet.len(), size });
-            }
-        }
+        check_packets(&self.rows, queue.size())?;
         let (mut first, mut added) = (0, 0);
         for packet in self.rows.chunk_by(|row, _| row.more) {
             if queue.broken().is_some() {
@@ -300,6 +300,18 @@ impl DriverBursts {
         self.held = None;
         self.ready = 0..0;
     }
+}
+
+/// Refuses a packet that never fits.
+fn check_packets(rows: &[Row], size: u16) -> Result<(), BurstError> {
+    let mut end = 0;
+    for packet in rows.chunk_by(|row, _| row.more) {
+        end += packet.len();
+        if packet.len() > usize::from(size) {
+            return Err(BurstError::TooManyRows { row: end - 1, rows: packet.len(), size });
+        }
+    }
+    Ok(())
 }
 
 /// The rows of a chain of several slots.

@@ -6,7 +6,7 @@ use common::{BASE, BOTH, PAYLOAD, link, packet, read, write};
 use std::sync::atomic::Ordering::Relaxed;
 use virtio_memory::{Burst, Column, MemoryError};
 use virtio_net_path::BurstError;
-use virtqueue::{Buffer, Direction, Format, RingError};
+use virtqueue::{Buffer, Completion, Direction, Format, RingError};
 
 /// Breaks one cell of the burst.
 fn set(burst: &Burst, column: Column, row: usize, value: i64) {
@@ -152,4 +152,21 @@ fn a_broken_queue_keeps_still() {
     assert_eq!((link.add(&tx, Direction::Readable), tx.count()), (Ok(0), 3));
     write(&tx, &[&[1]]);
     assert_eq!((link.add(&tx, Direction::Readable), link.pop_used(&rx), tx.count()), (Ok(0), Ok(0), 1));
+}
+
+#[test]
+fn a_chain_completed_under_another_name_does_not_lose_the_others() {
+    for format in BOTH {
+        let mut link = link(format, 8, 32, false);
+        let (tx, far) = (link.near_burst(8), link.far_burst(8));
+        write(&tx, &[&[1], &[2], &[3]]);
+        assert_eq!(link.add(&tx, Direction::Readable), Ok(3));
+        assert_eq!(link.pop(&far), Ok(3));
+        let mut names = (0..8).flat_map(|head| (1..9).map(move |serial| Completion { head, serial, len: 0 }));
+        let second = names.by_ref().filter(|name| link.device.check(name).is_ok()).nth(1).unwrap();
+        link.device.complete_batch(&[second][..]).unwrap();
+        assert_eq!(link.complete(&far), Ok(2));
+        assert_eq!((link.device.outstanding(), link.to_device.lent(), link.far.lock().available()), (0, 0, 32));
+        assert_eq!(link.pop_used(&tx), Ok(3));
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::args::Int;
 use crate::buffer::{View, array};
-use crate::device_queue::Shared;
+use crate::device_queue::{Open, Shared};
 use crate::errors::Error;
 use crate::lock::lock;
 use pyo3::prelude::*;
@@ -26,6 +26,8 @@ struct Held {
     /// Chains popped since, behind them.
     popped: virtqueue::ChainBatch,
     completions: Vec<Completion>,
+    /// The queue's rewinds when it was last made sure that all chains are in flight.
+    rewinds: u64,
     /// How many chains the next `complete_batch` means.
     count: usize,
 }
@@ -35,22 +37,13 @@ impl Held {
         self.kept.len() + self.popped.chains().len()
     }
 
-    /// All chains, in order.
-    #[inline]
-    fn chains(&self) -> impl Iterator<Item = (Completion, u32)> {
-        let popped = self.popped.chains().iter();
-        self.kept.iter().copied().chain(popped.map(|chain| (Completion { head: chain.head, serial: chain.serial, len: 0 }, chain.writable)))
-    }
-
     /// Leaves the chains behind the first `done`, as kept ones.
     #[inline]
     fn keep_from(&mut self, done: usize) {
-        if done < self.len() {
-            let rest = self.chains().skip(done).collect();
-            self.kept = rest;
-        } else {
-            self.kept.clear();
-        }
+        let old = self.kept.len();
+        self.kept.drain(..done.min(old));
+        let rest = self.popped.chains().iter().skip(done.saturating_sub(old));
+        self.kept.extend(rest.map(|chain| (Completion { head: chain.head, serial: chain.serial, len: 0 }, chain.writable)));
         self.popped.clear();
         self.count = self.kept.len();
     }
@@ -70,7 +63,8 @@ impl ChainBatch {
         let capacity = room.capacity();
         let column = || (0..capacity).map(|_| AtomicI64::new(0)).collect();
         let columns = Arc::new(Columns { readable: column(), writable: column(), used: column() });
-        let held = Held { kept: Vec::new(), popped: room, completions: Vec::with_capacity(capacity), count: 0 };
+        let held =
+            Held { kept: Vec::with_capacity(capacity), popped: room, completions: Vec::with_capacity(capacity), rewinds: 0, count: 0 };
         ChainBatch { queue, capacity, columns, held: Mutex::new(held), arrays: [const { PyOnceLock::new() }; 3] }
     }
 
@@ -85,8 +79,10 @@ impl ChainBatch {
 
     /// Pops chains behind those that are in.
     #[inline]
-    pub fn fill(&self, py: Python<'_>, queue: &mut DeviceQueue<AnyDevice>) -> Result<usize, Error> {
+    pub fn fill(&self, py: Python<'_>, open: &mut Open) -> Result<usize, Error> {
         let held = &mut *lock(py, &self.held);
+        self.forget_rewound(held, open);
+        let queue = &mut open.queue;
         if !held.popped.chains().is_empty() {
             held.keep_from(0);
         }
@@ -106,11 +102,13 @@ impl ChainBatch {
 
     /// Completes the first `count` chains with the lengths in `used`; later ones move to the front.
     #[inline]
-    pub fn complete(&self, py: Python<'_>, queue: &mut DeviceQueue<AnyDevice>) -> Result<usize, Error> {
-        if queue.broken().is_some() {
+    pub fn complete(&self, py: Python<'_>, open: &mut Open) -> Result<usize, Error> {
+        if open.queue.broken().is_some() {
             return Ok(0);
         }
         let held = &mut *lock(py, &self.held);
+        self.forget_rewound(held, open);
+        let queue = &mut open.queue;
         let count = held.count;
         let mut completions = std::mem::take(&mut held.completions);
         completions.clear();
@@ -124,6 +122,35 @@ impl ChainBatch {
             }
         }
         Ok(count)
+    }
+
+    /// Takes out what is not in flight any more, since chains were handed back to the ring; rows behind move up.
+    #[inline]
+    fn forget_rewound(&self, held: &mut Held, open: &Open) {
+        if held.rewinds != open.rewinds {
+            held.rewinds = open.rewinds;
+            self.forget(held, &open.queue);
+        }
+    }
+
+    #[cold]
+    fn forget(&self, held: &mut Held, queue: &DeviceQueue<AnyDevice>) {
+        let count = held.count;
+        held.keep_from(0);
+        let (mut row, mut to, mut meant) = (0, 0, 0);
+        held.kept.retain(|(name, _)| {
+            let stays = queue.check(name).is_ok();
+            if stays {
+                for column in [&self.columns.readable, &self.columns.writable, &self.columns.used] {
+                    column[to].store(column[row].load(Relaxed), Relaxed);
+                }
+                to += 1;
+                meant += usize::from(row < count);
+            }
+            row += 1;
+            stays
+        });
+        held.count = meant;
     }
 
     /// The first `count` chains with the lengths in `used`, each read once.

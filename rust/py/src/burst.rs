@@ -3,14 +3,15 @@
 use crate::args::Int;
 use crate::buffer::{Bytes, View, array};
 use crate::errors::Error;
-use crate::lock::lock_pool;
+use crate::lock::{lock, lock_pool};
 use crate::pool::{BufferPool, Shared};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyBytes;
-use std::sync::Arc;
-use virtio_memory::{Column, PoolState};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+use virtio_memory::{Column, PoolState, RawRow};
 
 #[pyclass(frozen, module = "virtio._core")]
 pub struct Burst {
@@ -18,6 +19,8 @@ pub struct Burst {
     pub shared: Arc<Shared>,
     pool: Py<BufferPool>,
     columns: [PyOnceLock<Py<PyAny>>; 4],
+    /// Room for the rows as a call read them; used under the pool's lock.
+    once: Mutex<Vec<RawRow>>,
 }
 
 impl Drop for Burst {
@@ -32,7 +35,8 @@ impl Drop for Burst {
 impl Burst {
     pub fn new(pool: Py<BufferPool>, shared: Arc<Shared>, capacity: usize) -> Result<Self, Error> {
         let rows = Arc::new(virtio_memory::Burst::new(shared.pool.clone(), capacity)?);
-        Ok(Burst { rows, shared, pool, columns: [const { PyOnceLock::new() }; 4] })
+        let once = Mutex::new(Vec::with_capacity(capacity));
+        Ok(Burst { rows, shared, pool, columns: [const { PyOnceLock::new() }; 4], once })
     }
 
     fn column(&self, py: Python<'_>, column: Column) -> PyResult<Py<PyAny>> {
@@ -44,8 +48,8 @@ impl Burst {
     }
 
     /// Where a row's bytes start in the mapping and how many fit behind; the slot is the burst's own.
-    fn place(&self, state: &PoolState, row: usize) -> Result<(usize, usize), Error> {
-        let (pool, raw) = (&self.shared.pool, self.rows.row(row));
+    fn place(&self, state: &PoolState, row: usize, raw: &RawRow) -> Result<(usize, usize), Error> {
+        let pool = &self.shared.pool;
         let owned = u32::try_from(raw.slot).is_ok_and(|slot| state.owner(slot) == Some(self.rows.owner()));
         if !owned {
             return Err(Error::Value(format!("burst row {row}: slot {} does not belong to this burst", raw.slot)));
@@ -57,35 +61,60 @@ impl Burst {
         }
     }
 
-    /// Puts bytes before the first row of each packet: `header(n)` gives those of the nth. Each has `size` bytes.
-    fn prepend<'a>(&self, py: Python<'_>, size: usize, count: Option<usize>, header: impl Fn(usize) -> &'a [u8]) -> Result<(), Error> {
+    /// Runs `call` on all rows, each read once: other threads may change the columns at any time, so nothing is read there twice. `call` is
+    /// run with the pool's lock held.
+    fn rows_once<T>(&self, py: Python<'_>, call: impl FnOnce(&PoolState, &[RawRow]) -> Result<T, Error>) -> Result<T, Error> {
         self.shared.check()?;
         let state = lock_pool(py, &self.shared.pool);
-        let rows = &self.rows;
-        let starts = || (0..rows.count()).filter(|row| *row == 0 || rows.row(row - 1).more == 0);
-        let packets = starts().count();
-        if let Some(count) = count.filter(|count| *count != packets) {
-            return Err(Error::Value(format!("{count} headers for {packets} packets")));
-        }
-        for row in starts() {
-            self.place(&state, row)?;
-            let (offset, length) = (rows.row(row).offset, rows.row(row).length);
-            if offset < size as i64 {
-                return Err(Error::Value(format!("burst row {row}: a header of {size} bytes does not fit before offset {offset}")));
+        // Never waited for: whoever has it has the pool's lock too.
+        let mut once = lock(py, &self.once);
+        once.clear();
+        once.extend((0..self.rows.count()).map(|row| self.rows.row(row)));
+        call(&state, &once)
+    }
+
+    fn set(&self, column: Column, row: usize, value: usize) {
+        self.rows.column(column)[row].store(value as i64, Relaxed);
+    }
+
+    /// Puts bytes before the first row of each packet: as many for each, or all of them for each.
+    fn prepend(&self, py: Python<'_>, data: &[u8], each: bool) -> Result<(), Error> {
+        let pool = &self.shared.pool;
+        self.rows_once(py, |state, rows| {
+            let starts = || rows.iter().enumerate().filter(|(row, _)| *row == 0 || rows[row - 1].more == 0);
+            let mut size = data.len();
+            if each {
+                let packets = starts().count();
+                if packets == 0 || !size.is_multiple_of(packets) {
+                    return Err(Error::Value(format!("{size} bytes are not as many for each of {packets} packets")));
+                }
+                size /= packets;
             }
-            if !(0..=self.shared.pool.slot_size() as i64 - offset).contains(&length) {
-                let most = self.shared.pool.slot_size() as i64 - offset;
-                return Err(Error::Value(format!("burst row {row}: length {length} is not in 0 to {most}")));
+            for (row, raw) in starts() {
+                let (_, room) = self.place(state, row, raw)?;
+                if raw.offset < size as i64 {
+                    let message = format!("burst row {row}: a header of {size} bytes does not fit before offset {}", raw.offset);
+                    return Err(Error::Value(message));
+                }
+                length(row, raw, room)?;
             }
-        }
-        for (packet, row) in starts().enumerate() {
-            let (at, _) = self.place(&state, row)?;
-            self.shared.pool.mapping().write(at - size, header(packet))?;
-            let cells = |column| &rows.column(column)[row];
-            cells(Column::Offsets).fetch_sub(size as i64, std::sync::atomic::Ordering::Relaxed);
-            cells(Column::Lengths).fetch_add(size as i64, std::sync::atomic::Ordering::Relaxed);
-        }
-        Ok(())
+            for (packet, (row, raw)) in starts().enumerate() {
+                let (at, room) = self.place(state, row, raw)?;
+                let header = if each { &data[packet * size..][..size] } else { data };
+                pool.mapping().write(at - size, header)?;
+                self.set(Column::Offsets, row, raw.offset as usize - size);
+                self.set(Column::Lengths, row, length(row, raw, room)? + size);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A row's bytes, if its slot has room for them.
+fn length(row: usize, raw: &RawRow, room: usize) -> Result<usize, Error> {
+    match usize::try_from(raw.length) {
+        Ok(length) if length <= room => Ok(length),
+        _ => Err(Error::Value(format!("burst row {row}: length {} is not in 0 to {room}", raw.length))),
     }
 }
 
@@ -138,56 +167,41 @@ impl Burst {
     }
 
     fn write(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
-        self.shared.check()?;
-        let (pool, data) = (&self.shared.pool, data.as_slice());
-        let state = lock_pool(py, pool);
-        let count = self.rows.count();
-        if data.is_empty() {
-            return Err(Error::Value("a packet needs at least one byte".into()));
-        }
-        for row in 0..count {
-            let (_, room) = self.place(&state, row)?;
-            if data.len() > room {
-                return Err(Error::Value(format!("burst row {row}: {} bytes do not fit into the slot's {room}", data.len())));
+        let data = data.as_slice();
+        self.rows_once(py, |state, rows| {
+            if data.is_empty() {
+                return Err(Error::Value("a packet needs at least one byte".into()));
             }
-        }
-        for row in 0..count {
-            let (at, _) = self.place(&state, row)?;
-            pool.mapping().write(at, data)?;
-            self.rows.column(Column::Lengths)[row].store(data.len() as i64, std::sync::atomic::Ordering::Relaxed);
-        }
-        Ok(())
+            for (row, raw) in rows.iter().enumerate() {
+                let (_, room) = self.place(state, row, raw)?;
+                if data.len() > room {
+                    return Err(Error::Value(format!("burst row {row}: {} bytes do not fit into the slot's {room}", data.len())));
+                }
+            }
+            for (row, raw) in rows.iter().enumerate() {
+                let (at, _) = self.place(state, row, raw)?;
+                self.shared.pool.mapping().write(at, data)?;
+                self.set(Column::Lengths, row, data.len());
+            }
+            Ok(())
+        })
     }
 
     fn header(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
-        let data = data.as_slice();
-        self.prepend(py, data.len(), None, |_| data)
+        self.prepend(py, data.as_slice(), false)
     }
 
     fn scatter(&self, py: Python<'_>, headers: Bytes) -> Result<(), Error> {
-        let headers = headers.as_slice();
-        let packets = (0..self.rows.count()).filter(|row| *row == 0 || self.rows.row(row - 1).more == 0).count();
-        if packets == 0 || !headers.len().is_multiple_of(packets) {
-            return Err(Error::Value(format!("{} bytes are not as many for each of {packets} packets", headers.len())));
-        }
-        let size = headers.len() / packets;
-        self.prepend(py, size, Some(packets), |packet| &headers[packet * size..][..size])
+        self.prepend(py, headers.as_slice(), true)
     }
 
     fn tobytes<'py>(&self, py: Python<'py>, row: Int) -> Result<Bound<'py, PyBytes>, Error> {
         self.shared.check()?;
         let row = row.within("burst row", 0, self.rows.count() as i128 - 1)?;
-        let copy = |state: &PoolState| -> Result<(usize, usize), Error> {
-            let (at, room) = self.place(state, row)?;
-            let length = self.rows.row(row).length;
-            match usize::try_from(length) {
-                Ok(length) if length <= room => Ok((at, length)),
-                _ => Err(Error::Value(format!("burst row {row}: length {length} is not in 0 to {room}"))),
-            }
-        };
-        let (at, length) = copy(&lock_pool(py, &self.shared.pool))?;
+        let raw = self.rows.row(row);
+        let (at, room) = self.place(&lock_pool(py, &self.shared.pool), row, &raw)?;
         let read = |to: &mut [u8]| self.shared.pool.mapping().read(at, to).map_err(|error| Error::from(error).into());
-        Ok(PyBytes::new_with(py, length, read)?)
+        Ok(PyBytes::new_with(py, length(row, &raw, room)?, read)?)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -59,14 +59,17 @@ impl Chain {
         };
         let mapped = each(&mut |segment, _, _, _| table.check(segment.address, segment.len.into()));
         let moved = mapped.and_then(|()| each(&mut |segment, start, at, n| step(table, segment.address.wrapping_add(start), at, n)));
-        moved.map_err(|error| {
-            if open.queue.broken().is_some() {
-                return RingError::Broken.into(); // the first mistake was told
-            }
-            let error = RingError::BufferUnmapped(error);
-            open.queue.break_with(error.clone());
-            error.into()
-        })
+        let error = match (moved, table.poisoned()) {
+            // Zeros stand where the bytes were.
+            (_, Some((address, len))) => RingError::MemoryLost { address, len },
+            (Err(error), None) => RingError::BufferUnmapped(error),
+            (Ok(()), None) => return Ok(()),
+        };
+        if open.queue.broken().is_some() {
+            return Err(RingError::Broken.into()); // the first mistake was told
+        }
+        open.queue.break_with(error.clone());
+        Err(error.into())
     }
 
     /// A span inside `total` bytes.
@@ -102,10 +105,7 @@ impl Chain {
 
     #[getter]
     fn completed(&self, py: Python<'_>) -> Result<bool, Error> {
-        match self.queue.with(py, |open| Ok(open.queue.check(&self.name).is_err())) {
-            Err(Error::Status(_)) if self.queue.is_closed(py) => Ok(true),
-            other => other,
-        }
+        self.queue.is_done(py, &self.name)
     }
 
     #[pyo3(signature = (length = None, *, offset = Int::new(0)), text_signature = "($self, length=None, *, offset=0)")]

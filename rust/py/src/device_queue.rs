@@ -18,13 +18,15 @@ use virtio_net_path::DeviceBursts;
 use virtqueue::event::Cursor;
 use virtqueue::packed::{PackedDevice, PackedRing};
 use virtqueue::split::{SplitDevice, SplitRing};
-use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingState, check_chain_limit, spans};
+use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingError, RingState, check_chain_limit, spans};
 
 /// What is there until reset or close.
 pub struct Open {
     pub queue: virtqueue::DeviceQueue<AnyDevice>,
     interrupt: Doorbell,
     bursts: DeviceBursts,
+    /// How often chains were handed back: batches may name some that are not in flight then.
+    pub rewinds: u64,
     /// For `pop`; made when it is first called.
     popped: Option<virtqueue::ChainBatch>,
 }
@@ -33,6 +35,13 @@ impl Open {
     /// Shows what was completed, and tells the driver if it wants to know.
     #[inline]
     pub fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
+        if self.queue.broken().is_none()
+            && let Some((address, len)) = self.queue.refresh().poisoned()
+        {
+            let error = RingError::MemoryLost { address, len };
+            self.queue.break_with(error.clone());
+            return Err(error.into());
+        }
         let wanted = self.queue.publish();
         if wanted {
             self.interrupt.ring(ring.index.into())?;
@@ -89,8 +98,9 @@ impl Shared {
         error
     }
 
-    pub fn is_closed(&self, py: Python<'_>) -> bool {
-        lock(py, &self.state).open.is_none()
+    /// Whether a chain is in flight no more: it was completed, or the queue is closed.
+    pub fn is_done(&self, py: Python<'_>, name: &Completion) -> Result<bool, Error> {
+        Ok(self.lock(py)?.open.as_ref().is_none_or(|open| open.queue.check(name).is_err()))
     }
 
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
@@ -174,7 +184,7 @@ impl DeviceQueue {
         };
         let queue = virtqueue::DeviceQueue::new(any, view);
         let bursts = DeviceBursts::new(&queue);
-        let open = Some(Open { queue, interrupt: Doorbell::None, bursts, popped: None });
+        let open = Some(Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None });
         let state = Mutex::new(State { open, counters: DeviceCounters::default(), base: 0, broken: None });
         Ok(DeviceQueue { shared: Arc::new(Shared { ring, process: BoundToProcess::new(), state }) })
     }
@@ -252,7 +262,11 @@ impl DeviceQueue {
     fn rewind(&self, py: Python<'_>, count: Int) -> Result<(), Error> {
         let count = count.within("count", 0, self.size().into())?;
         self.with(py, |open| match open.bursts.lent() {
-            0 => Ok(open.queue.rewind(count)?),
+            0 => {
+                open.queue.rewind(count)?;
+                open.rewinds += 1;
+                Ok(())
+            }
             chains => Err(Error::Value(format!("{chains} chains stand in bursts: give their slots back first"))),
         })
     }
@@ -271,14 +285,14 @@ impl DeviceQueue {
     fn pop_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
         let batch = batch.get();
         batch.check(&self.shared)?;
-        self.with(py, |open| batch.fill(py, &mut open.queue))
+        self.with(py, |open| batch.fill(py, open))
     }
 
     fn complete_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
         let batch = batch.get();
         batch.check(&self.shared)?;
         self.with(py, |open| {
-            let completed = batch.complete(py, &mut open.queue)?;
+            let completed = batch.complete(py, open)?;
             open.publish(&self.shared.ring)?;
             Ok(completed)
         })

@@ -38,7 +38,13 @@ struct Open {
 impl Open {
     /// Chains in bursts that did not come back.
     fn in_bursts(&self) -> usize {
-        usize::from(self.queue.outstanding()) - self.tokens.len() + self.bursts.ready()
+        usize::from(self.queue.outstanding()).saturating_sub(self.tokens.len()) + self.bursts.ready()
+    }
+
+    /// Why nothing that stands in the memory is true any more, if so (device-24).
+    #[inline]
+    fn lost(&self) -> Option<RingError> {
+        self.table.poisoned().map(|(address, len)| RingError::MemoryLost { address, len })
     }
 
     /// Tokens and bursts do not mix.
@@ -116,6 +122,26 @@ impl DriverQueue {
         result.map_err(|error| self.keep(py, error))
     }
 
+    /// As [`DriverQueue::with`], for calls that look at the rings: a memory that was lost, before the call or in it, breaks the queue, and
+    /// what the call found there is not told.
+    #[inline]
+    fn with_memory<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        self.with(py, |open| {
+            if open.queue.broken().is_some() {
+                return call(open);
+            }
+            let result = if open.lost().is_none() { Some(call(open)) } else { None };
+            match (open.lost(), result) {
+                (None, Some(result)) => result,
+                (lost, _) => {
+                    let error = lost.unwrap_or(RingError::Broken);
+                    open.queue.break_with(error.clone());
+                    Err(error.into())
+                }
+            }
+        })
+    }
+
     #[cold]
     fn keep(&self, py: Python<'_>, error: Error) -> Error {
         let (error, kept) = errors::latch(py, self.ring.format, error);
@@ -129,7 +155,7 @@ impl DriverQueue {
     #[inline]
     fn add_rows(&self, py: Python<'_>, burst: &Burst, direction: Direction) -> Result<usize, Error> {
         burst.shared.check()?;
-        self.with(py, |open| {
+        self.with_memory(py, |open| {
             let open = open.for_bursts()?;
             open.bursts.bind(&burst.rows, open.queue.outstanding().into())?;
             let mut pool = lock_pool(py, burst.rows.pool());
@@ -143,7 +169,10 @@ impl DriverQueue {
     fn finish(&self, py: Python<'_>) -> Result<Vec<Py<PyAny>>, Error> {
         let closed = self.lock(py)?.close();
         let Some((mut open, outstanding)) = closed else { return Ok(Vec::new()) };
-        Ok(outstanding.into_iter().filter_map(|token| open.tokens.take(token)).collect())
+        let mut tokens: Vec<_> = outstanding.into_iter().filter_map(|token| open.tokens.take(token)).collect();
+        // Chains that seemed used in a memory that was lost.
+        tokens.extend(open.tokens.clear());
+        Ok(tokens)
     }
 }
 
@@ -184,7 +213,7 @@ impl DriverQueue {
         let table = RegionTable::new(vec![Region::new(base, mapping.len() as u64, mapping.clone(), 0)?], None)?;
         let mut places = Vec::new();
         let mut place = |bytes: usize| -> Result<usize, Error> {
-            let (mapping, place) = memory.take(py, bytes.next_multiple_of(LINE), LINE)?;
+            let (mapping, place) = memory.take(py, "queue", bytes.next_multiple_of(LINE), LINE)?;
             let offset = place.offset;
             places.push(place);
             mapping.zero(offset, bytes)?;
@@ -290,7 +319,7 @@ impl DriverQueue {
         }
         let mut token = Some(token);
         let form = if indirect { Form::Indirect } else { Form::Direct };
-        let result = self.with(py, |open| {
+        let result = self.with_memory(py, |open| {
             let open = open.for_tokens()?;
             for segment in &buffer {
                 open.table.check(segment.address, segment.len.into())?;
@@ -305,15 +334,18 @@ impl DriverQueue {
     }
 
     fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
-        self.with(py, |open| open.publish(&self.ring))
+        self.with_memory(py, |open| open.publish(&self.ring))
     }
 
     #[pyo3(signature = (limit = None))]
     fn pop_used<'py>(&self, py: Python<'py>, limit: Option<Int>) -> Result<Bound<'py, PyList>, Error> {
         let limit = ring::limit(limit, self.ring.size)?;
-        let chains = self.with(py, |open| {
+        let chains = self.with_memory(py, |open| {
             let open = open.for_tokens()?;
             let n = open.queue.pop_used_batch(&mut open.used[..limit])?;
+            if open.lost().is_some() {
+                return Ok(Vec::new()); // the tokens stay for reset
+            }
             Ok(open.used[..n].iter().map(|used| (open.tokens.take(used.token), used.len)).collect::<Vec<_>>())
         })?;
         Ok(PyList::new(py, chains)?)
@@ -330,7 +362,7 @@ impl DriverQueue {
     fn pop_used_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
-        self.with(py, |open| {
+        self.with_memory(py, |open| {
             let open = open.for_bursts()?;
             open.bursts.bind(&burst.rows, open.queue.outstanding().into())?;
             let mut pool = lock_pool(py, burst.rows.pool());
@@ -339,7 +371,7 @@ impl DriverQueue {
     }
 
     fn arm(&self, py: Python<'_>) -> Result<bool, Error> {
-        self.with(py, |open| Ok(open.queue.arm() || open.bursts.ready() > 0))
+        self.with_memory(py, |open| Ok(open.queue.arm() || open.bursts.ready() > 0))
     }
 
     fn disarm(&self, py: Python<'_>) -> Result<(), Error> {

@@ -6,6 +6,7 @@ use crate::errors::Error;
 use crate::lock::lock;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,9 +15,16 @@ use virtio_memory::{Allocator, BoundToProcess, HugePages, Mapping, MemoryError, 
 
 /// What outlives the Python object, because queues, pools, regions and views use it.
 pub struct Shared {
-    allocator: Mutex<Allocator>,
+    places: Mutex<Places>,
     uses: AtomicUsize,
     process: BoundToProcess,
+}
+
+/// What is allocated.
+struct Places {
+    allocator: Allocator,
+    /// Offsets of what is not the caller's, with whose it is.
+    owners: BTreeMap<usize, &'static str>,
 }
 
 /// One user of a memory; `close` waits for none of them, it refuses while there are any.
@@ -39,7 +47,9 @@ impl Drop for Allocation {
         let shared = &self.user.0;
         // A forked child has a copy of the allocator's lock, perhaps one that is never released.
         if shared.process.check().is_ok() {
-            let _ = shared.allocator.lock().unwrap_or_else(PoisonError::into_inner).free(self.offset);
+            let mut places = shared.places.lock().unwrap_or_else(PoisonError::into_inner);
+            places.owners.remove(&self.offset);
+            let _ = places.allocator.free(self.offset);
         }
     }
 }
@@ -56,7 +66,8 @@ pub struct Memory {
 impl Memory {
     fn over(mapping: Mapping) -> Self {
         let (size, foreign) = (mapping.len(), mapping.foreign());
-        let shared = Shared { allocator: Mutex::new(Allocator::new(size)), uses: AtomicUsize::new(0), process: BoundToProcess::new() };
+        let places = Places { allocator: Allocator::new(size), owners: BTreeMap::new() };
+        let shared = Shared { places: Mutex::new(places), uses: AtomicUsize::new(0), process: BoundToProcess::new() };
         Memory { mapping: Mutex::new(Some(Arc::new(mapping))), shared: Arc::new(shared), size, foreign }
     }
 
@@ -83,11 +94,14 @@ impl Memory {
         Python::attach(|py| self.used(py))
     }
 
-    /// Takes a piece, with the mapping that it is in.
-    pub fn take(&self, py: Python<'_>, size: usize, align: usize) -> Result<(Arc<Mapping>, Allocation), Error> {
+    /// Takes a piece for `owner`, with the mapping that it is in. `free` refuses it.
+    pub fn take(&self, py: Python<'_>, owner: &'static str, size: usize, align: usize) -> Result<(Arc<Mapping>, Allocation), Error> {
         self.shared.process.check()?;
         let (mapping, user) = self.used(py)?;
-        let offset = lock(py, &self.shared.allocator).allocate(size, align)?;
+        let mut places = lock(py, &self.shared.places);
+        let offset = places.allocator.allocate(size, align)?;
+        places.owners.insert(offset, owner);
+        drop(places);
         Ok((mapping, Allocation { offset, user }))
     }
 }
@@ -144,14 +158,18 @@ impl Memory {
         let align = align.within("alignment", 1, 1 << 62)?;
         self.shared.process.check()?;
         self.mapping(py)?;
-        Ok(lock(py, &self.shared.allocator).allocate(size, align)?)
+        Ok(lock(py, &self.shared.places).allocator.allocate(size, align)?)
     }
 
     fn free(&self, py: Python<'_>, offset: Int) -> Result<(), Error> {
         let offset = offset.within("offset", 0, self.size as i128 - 1)?;
         self.shared.process.check()?;
         self.mapping(py)?;
-        lock(py, &self.shared.allocator).free(offset)?;
+        let mut places = lock(py, &self.shared.places);
+        if let Some(owner) = places.owners.get(&offset) {
+            return Err(Error::Value(format!("offset {offset} belongs to a {owner}, which frees it when it is closed")));
+        }
+        places.allocator.free(offset)?;
         Ok(())
     }
 

@@ -195,7 +195,8 @@ impl<R: DeviceRing> DeviceQueue<R> {
         }
     }
 
-    /// Asks for a notification at the next available chain; true if there is something to look at already.
+    /// Asks for a notification at the next chain that becomes available, whether or not some are left; true if some are, or if the queue is
+    /// broken.
     pub fn arm(&mut self) -> bool {
         self.broken.is_some() || self.ring.arm(&self.view)
     }

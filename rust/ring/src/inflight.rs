@@ -8,6 +8,8 @@ use crate::ring::{Completion, Completions};
 pub(crate) struct Flight {
     /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
     pub serial: u32,
+    /// The serial of the chain that was popped before it.
+    pub previous: u32,
     pub writable: u32,
     /// Ring descriptors that it takes.
     pub slots: u16,
@@ -31,8 +33,10 @@ pub(crate) struct InFlight {
     pub heads: Box<[u16]>,
     /// The place of the next pop.
     pub newest: usize,
-    /// The newest chain's serial.
+    /// The serial that was given out last: none is given twice, so that a chain that was handed back is never taken for its successor.
     pub serial: u32,
+    /// The serial of the newest chain that was not handed back.
+    pub last: u32,
     pub chains: u16,
     /// Ring slots that the driver does not have back: of chains in flight, and of those that are done but not yet told.
     pub slots: u32,
@@ -57,11 +61,6 @@ pub(crate) fn next_serial(serial: u32) -> u32 {
     serial.checked_add(1).unwrap_or(1)
 }
 
-/// The serial before this one: never 0.
-fn previous_serial(serial: u32) -> u32 {
-    if serial <= 1 { u32::MAX } else { serial - 1 }
-}
-
 /// How chains in flight are named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Names {
@@ -80,6 +79,7 @@ impl InFlight {
             heads: vec![0; if names == Names::Heads { n } else { 0 }].into(),
             newest: place,
             serial: 0,
+            last: 0,
             chains: 0,
             slots: 0,
             done_slots: 0,
@@ -128,7 +128,8 @@ impl InFlight {
     /// A chain was popped; gives its serial.
     pub(crate) fn start(&mut self, head: u16, id: u16, slots: u16, writable: u32) -> u32 {
         self.serial = next_serial(self.serial);
-        self.entries[usize::from(head)] = Flight { serial: self.serial, writable, slots, id };
+        let previous = std::mem::replace(&mut self.last, self.serial);
+        self.entries[usize::from(head)] = Flight { serial: self.serial, previous, writable, slots, id };
         if let Some(place) = self.heads.get_mut(self.newest) {
             *place = head;
         }
@@ -316,20 +317,20 @@ impl InFlight {
         if count > usize::from(self.chains) {
             return Err(RingError::CannotRewind { count, reason: "fewer are in flight" });
         }
-        let (mut place, mut serial) = (self.newest, self.serial);
+        let (mut place, mut serial) = (self.newest, self.last);
         for _ in 0..count {
             place = self.place_of(serial, place).ok_or(RingError::CannotRewind { count, reason: "a newer chain was completed" })?;
-            serial = previous_serial(serial);
+            serial = self.entries[usize::from(self.name(place))].previous;
         }
         Ok(())
     }
 
     /// Hands back the newest chain; tells what it was. Checked before.
     pub(crate) fn rewind_one(&mut self) -> Option<Flight> {
-        self.newest = self.place_of(self.serial, self.newest)?;
-        self.serial = previous_serial(self.serial);
+        self.newest = self.place_of(self.last, self.newest)?;
         let head = self.name(self.newest);
         let flight = &mut self.entries[usize::from(head)];
+        self.last = flight.previous;
         flight.serial = 0;
         self.chains -= 1;
         self.slots -= u32::from(flight.slots);

@@ -140,7 +140,7 @@ pub trait DeviceRing {
     fn publish(&mut self, memory: &RegionTable) -> u32;
     /// Whether the driver wants to be told of what was published since this was last asked; `None` if nothing was.
     fn should_notify(&mut self) -> Option<bool>;
-    /// Asks for a notification at the next available chain; true if one is there already.
+    /// Asks for a notification at the next chain that becomes available, whether or not some are left; true if some are.
     fn arm(&mut self, memory: &RegionTable) -> bool;
     /// Asks for no notifications.
     fn disarm(&mut self, memory: &RegionTable);

@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use virtqueue::event::Cursor;
-use virtqueue::{Buffer, Direction, Form, Format, RingFeatures, Segment, Used};
+use virtqueue::{Buffer, Direction, Form, Format, RingError, RingFeatures, Segment, Used};
 
 /// Sends `count` buffers there and back in batches, with contents of no interest.
 fn run(driver: &mut Driver, device: &mut Device, mut count: usize) {
@@ -146,6 +146,46 @@ fn a_refused_batch_can_still_be_rewound() {
             assert_eq!(again.iter().map(|(_, s)| s.clone()).collect::<Vec<_>>(), first.iter().map(|(_, s)| s.clone()).collect::<Vec<_>>());
             complete(&mut device, &again.iter().map(|(chain, _)| *chain).collect::<Vec<_>>());
             assert_eq!(reclaim(&mut driver), [(0, 16), (1, 16), (2, 16)]);
+        });
+    }
+}
+
+/// A device that leaves buffers in the queue and sleeps is woken by the next one, not by those that it knows of.
+#[test]
+fn arming_with_buffers_left_asks_for_the_next_one() {
+    for features in [PLAIN, EVENT_IDX] {
+        for left in 1..8 {
+            each(features, |rig| {
+                let (mut driver, mut device) = (rig.driver(), rig.device());
+                run(&mut driver, &mut device, 5);
+                publish(&mut driver, 0, left);
+                assert!(device.arm(), "{left} are left");
+                assert_eq!(publish(&mut driver, 0, 1), usize::from(driver.size()) > left);
+            });
+        }
+    }
+}
+
+/// A chain that was handed back is never taken for the one that is popped in its place.
+#[test]
+fn a_chain_that_was_rewound_is_stale() {
+    for features in [PLAIN, IN_ORDER] {
+        each(features, |rig| {
+            let (mut driver, mut device) = (rig.driver(), rig.device());
+            publish(&mut driver, 0, 3);
+            for _ in 0..5 {
+                let stale = pop(&mut device, 3);
+                device.rewind(2).expect("the newest");
+                let again = pop(&mut device, 2);
+                for (old, new) in stale[1..].iter().zip(&again) {
+                    assert_eq!(give_back(&mut device, &[done(old, 0)]), Err(RingError::NotInFlight { head: old.head }));
+                    assert_eq!((old.readable, old.writable), (new.readable, new.writable));
+                }
+                device.rewind(3).expect("all of them, over the gap");
+            }
+            let chains = pop(&mut device, 3);
+            complete(&mut device, &chains);
+            assert_eq!(reclaim(&mut driver).len(), 3);
         });
     }
 }

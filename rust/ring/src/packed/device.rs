@@ -75,10 +75,11 @@ impl PackedDevice {
     #[inline(always)]
     fn pop_short(&mut self, out: &mut ChainBatch) -> (usize, Stop) {
         let size = self.ring.size;
-        let InFlight { entries, newest, serial, chains, slots, .. } = &mut self.flights;
+        let InFlight { entries, newest, serial, last, chains, slots, .. } = &mut self.flights;
         let free = usize::from(size) - *slots as usize;
         let (room, used) = out.short_room(self.limit, usize::MAX);
-        let (mut place, mut number, mut popped, mut stop) = (*newest, *serial, 0, Stop::Full);
+        let (mut place, mut number, mut previous) = (*newest, *serial, *last);
+        let (mut popped, mut stop) = (0, Stop::Full);
         let Cursor { mut offset, mut wrap } = self.next;
         let mut expected = u64::from(avail_flags(wrap)) << 48;
         let (entries, desc) = (&mut entries[..], self.ring.desc.cells());
@@ -99,7 +100,8 @@ impl PackedDevice {
                 place = InFlight::free_place(entries, place);
             }
             let head = place as u16;
-            entries[place] = Flight { serial: number, writable, slots: 1, id };
+            entries[place] = Flight { serial: number, previous, writable, slots: 1, id };
+            previous = number;
             place = after(place, entries.len());
             *segment = Segment { address: desc.load(2 * usize::from(offset)), len, direction };
             *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
@@ -110,7 +112,7 @@ impl PackedDevice {
                 expected ^= BOTH;
             }
         }
-        (*newest, *serial) = (place, number);
+        (*newest, *serial, *last) = (place, number, previous);
         *chains += popped as u16;
         *slots += popped as u32;
         self.next = Cursor { offset, wrap };
@@ -205,8 +207,8 @@ impl PackedDevice {
         memory.mark(self.areas.descriptor, 16 * u64::from(slots - before_wrap));
     }
 
-    fn set_event(&self, memory: &RegionTable, flags: u32) {
-        self.ring.device_event.store_release(0, packed_word(flags, self.next));
+    fn set_event(&self, memory: &RegionTable, flags: u32, at: Cursor) {
+        self.ring.device_event.store_release(0, packed_word(flags, at));
         memory.mark(self.areas.device, 4);
     }
 }
@@ -341,13 +343,28 @@ impl DeviceRing for PackedDevice {
     }
 
     fn arm(&mut self, memory: &RegionTable) -> bool {
-        self.set_event(memory, if self.features.event_idx { EVENT_FLAGS_DESC } else { EVENT_FLAGS_ENABLE });
-        full_fence(FencePoint::DeviceArm);
-        is_avail(self.ring.word(self.next.offset), self.next.wrap)
+        if !self.features.event_idx {
+            self.set_event(memory, EVENT_FLAGS_ENABLE, self.next);
+            full_fence(FencePoint::DeviceArm);
+            return is_avail(self.ring.word(self.next.offset), self.next.wrap);
+        }
+        // The event stands behind all that is there, so that it comes for the next one even if some are left. At most `size` are.
+        let (mut end, mut ahead) = (self.next, 0);
+        loop {
+            while ahead < self.ring.size && is_avail(self.ring.word(end.offset), end.wrap) {
+                end = end.step(1, self.ring.size);
+                ahead += 1;
+            }
+            self.set_event(memory, EVENT_FLAGS_DESC, end);
+            full_fence(FencePoint::DeviceArm);
+            if ahead == self.ring.size || !is_avail(self.ring.word(end.offset), end.wrap) {
+                return ahead > 0;
+            }
+        }
     }
 
     fn disarm(&mut self, memory: &RegionTable) {
-        self.set_event(memory, EVENT_FLAGS_DISABLE);
+        self.set_event(memory, EVENT_FLAGS_DISABLE, self.next);
     }
 
     fn observe(&mut self) {

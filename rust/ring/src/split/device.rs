@@ -89,12 +89,13 @@ impl SplitDevice {
     #[inline(always)]
     fn pop_short(&mut self, out: &mut ChainBatch, limit: usize) -> (usize, Stop) {
         let (size, mask) = (self.ring.size, usize::from(self.ring.mask()));
-        let InFlight { entries, heads, newest, serial, chains, slots, .. } = &mut self.flights;
+        let InFlight { entries, heads, newest, serial, last, chains, slots, .. } = &mut self.flights;
         let free = usize::from(size) - *slots as usize;
         let (room, used) = out.short_room(self.limit, limit.min(free));
         let (entries, heads) = (&mut entries[..], &mut heads[..]);
         let (avail, desc) = (self.ring.heads.cells(), self.ring.desc.cells());
-        let (first, mut number, mut popped, mut stop) = (self.next, *serial, 0, Stop::Full);
+        let (first, mut number, mut previous) = (self.next, *serial, *last);
+        let (mut popped, mut stop) = (0, Stop::Full);
         for (chain, segment) in room {
             let place = usize::from(first) + popped;
             let head = avail.load(place);
@@ -115,7 +116,8 @@ impl SplitDevice {
             let direction = direction(flags);
             let writable = direction.writable(len);
             number = next_serial(number);
-            *flight = Flight { serial: number, writable, slots: 1, id: 0 };
+            *flight = Flight { serial: number, previous, writable, slots: 1, id: 0 };
+            previous = number;
             heads[place & mask] = head;
             *segment = Segment { address, len, direction };
             *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
@@ -125,7 +127,7 @@ impl SplitDevice {
             stop = Stop::Bad(RingError::TooManyInFlight { slots: u32::from(size) + 1, size });
         }
         self.next = first.wrapping_add(popped as u16);
-        (*newest, *serial) = (usize::from(self.next) & mask, number);
+        (*newest, *serial, *last) = (usize::from(self.next) & mask, number, previous);
         *chains += popped as u16;
         *slots += popped as u32;
         out.grow(popped);
@@ -329,13 +331,24 @@ impl DeviceRing for SplitDevice {
     }
 
     fn arm(&mut self, memory: &RegionTable) -> bool {
-        if self.features.event_idx {
-            self.set_event(memory, self.next);
-        } else {
+        if !self.features.event_idx {
             self.set_flags(memory, 0);
+            full_fence(FencePoint::DeviceArm);
+            return self.ring.avail.load_acquire(IDX) != self.next;
         }
-        full_fence(FencePoint::DeviceArm);
-        self.ring.avail.load_acquire(IDX) != self.next
+        // The event stands behind all that is there, so that it comes for the next one even if some are left. A driver moves the index on
+        // at most `size` times while nothing is taken.
+        let mut end = self.ring.avail.load_acquire(IDX);
+        for _ in 0..=self.ring.size {
+            self.set_event(memory, end);
+            full_fence(FencePoint::DeviceArm);
+            let now = self.ring.avail.load_acquire(IDX);
+            if now == end {
+                break;
+            }
+            end = now;
+        }
+        end != self.next
     }
 
     fn disarm(&mut self, memory: &RegionTable) {
