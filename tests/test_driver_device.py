@@ -15,6 +15,7 @@ from virtio import (
     DriverQueue,
     Feature,
     Features,
+    Memory,
     SpecViolation,
     Status,
     StatusError,
@@ -477,3 +478,39 @@ def test_a_handler_that_goes_round_the_ring_is_called_again(ring_format: str) ->
         queue.publish()
         transport.device.poll()
         assert (left[0], queue.outstanding) == (0, 0)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, False), (6, True)])
+def test_a_device_may_ask_for_longer_chains(ring_format: str, limit: int | None, fits: bool) -> None:
+    """A table of 6 in a ring of 4: more than the ring has entries, so it takes a limit of its own (device-07)."""
+
+    class Patient(Device):
+        device_id = DeviceId.ENTROPY
+        queues = ("requestq",)
+        chain_limit = limit
+
+        def on_requestq(self, queue: DeviceQueue) -> None:
+            for chain in queue.pop():
+                queue.complete(chain, chain.write(bytes(chain.writable)))
+            queue.publish()
+
+    with LoopbackTransport(Patient()) as transport:
+        accepted = {Feature.VERSION_1, Feature.INDIRECT_DESC} | ({Feature.RING_PACKED} if ring_format == "packed" else set())
+        memory = Memory(1 << 16)
+        address = transport.attach(memory)
+        transport.status = Status.ACKNOWLEDGE
+        transport.status = Status.ACKNOWLEDGE | Status.DRIVER
+        transport.accept(Features(accepted))
+        transport.status = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+        ring = (RawPackedDriver if ring_format == "packed" else RawSplitDriver)(memory, 4, address=address)
+        transport.queue_setup(0, 4, ring.areas)
+        transport.status = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
+        table, data = memory.allocate(96), memory.allocate(64)
+        head = ring.add_indirect(address + table, [(address + data, 8, True)] * 6)
+        if isinstance(ring, RawSplitDriver):
+            ring.make_available(head)
+        if fits:
+            assert transport.device.poll() >= 1 and len(ring.used()) == 1
+        else:
+            with pytest.raises(SpecViolation):
+                transport.device.poll()

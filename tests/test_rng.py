@@ -106,6 +106,14 @@ def test_a_negative_count_is_refused(loopback: Loopback) -> None:
         driver.read(-1)
 
 
+def test_a_count_that_is_no_integer_is_refused(loopback: Loopback) -> None:
+    with RngDriver(loopback(RngDevice())) as driver:
+        for count in (1.5, float("inf"), None, "4"):
+            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+                driver.read(count)  # type: ignore[arg-type]
+        assert driver.requestq.outstanding == 0
+
+
 def test_a_device_that_writes_nothing_is_not_asked_for_ever(loopback: Loopback, ring_features: Features) -> None:
     def nothing(queue: DeviceQueue) -> None:
         for chain in queue.pop():

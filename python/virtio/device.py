@@ -121,6 +121,8 @@ class Device:
     queues: ClassVar[tuple[str, ...]] = ()
     queue_size: ClassVar[int] = 256
     """Most entries of a queue: a power of two, at most 32768."""
+    chain_limit: ClassVar[int | None] = None
+    """Most descriptors of a chain, those of its table included; None: as many as the queue has entries. At most 1024, or that."""
     features: ClassVar[Iterable[int]] = ()
     rules: ClassVar[tuple[Requires, ...]] = ()
     config: bytes = b""
@@ -269,7 +271,8 @@ class Device:
             raise ValueError(f"queue {index} does not exist: the device has {len(self.queues)}")
         if index in self._served:
             raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
-        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most)
+        limit = self.chain_limit
+        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit)
         queue.connect(interrupt)
         self._served[index] = _Served(queue, doorbell, self._handlers[index])
         self._queues_reset.discard(index)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from enum import IntEnum
+from operator import index
 from typing import Final
 
 from virtio._core import DeviceQueue, Memory
@@ -41,12 +42,12 @@ class RngDriver(Driver):
             self.driver_ok()
 
     def read(self, count: int, *, timeout: float = 5.0) -> bytes:
-        """`count` random bytes. ValueError: fewer than 0.
+        """`count` random bytes. ValueError: fewer than 0. TypeError: not an integer.
 
         TimeoutError: no answer within `timeout` seconds; the request stays with the device, and the next read takes its bytes.
         SpecViolation: the device used a buffer and wrote nothing into it, or broke the queue.
         """
-        if count < 0:
+        if (count := index(count)) < 0:
             raise ValueError(f"count {count} is negative")
         found = bytearray()
         while len(found) < count:
