@@ -85,6 +85,14 @@ def test_a_reset_that_does_not_end_keeps_the_buffers_and_says_so(ring_features: 
     assert driver.reset() == {0: ["mine"]}
 
 
+def test_a_timeout_that_is_no_number_resets_nothing() -> None:
+    with Driver(LoopbackTransport(Plain())) as driver:
+        driver.negotiate()
+        with pytest.raises(TypeError):
+            driver.reset(timeout="5")  # type: ignore[arg-type]
+        assert driver.state is DriverState.FEATURES_OK and Status.FEATURES_OK in driver.transport.status
+
+
 def test_a_device_that_was_pulled_out_is_an_error_at_once() -> None:
     class Gone(LoopbackTransport):
         gone = False

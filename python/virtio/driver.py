@@ -150,9 +150,9 @@ class Driver:
         may still use their buffers; only another reset or closing are in order.
         """
         target = DRIVER_TABLE.target(self._state, DriverStep.RESET)
+        deadline = monotonic() + timeout
         self._state = DriverState.FAILED
         self.transport.reset()
-        deadline = monotonic() + timeout
         while status := self._read_status():
             if monotonic() >= deadline:
                 raise TransportError(f"device status still reads {int(status):#x} {timeout} s after the reset (2.4.2)")
