@@ -514,3 +514,34 @@ def test_a_device_may_ask_for_longer_chains(ring_format: str, limit: int | None,
         else:
             with pytest.raises(SpecViolation):
                 transport.device.poll()
+
+
+def test_a_handler_that_leaves_a_buffer_is_woken_by_the_next(pair: Pair) -> None:
+    """It waits for two: the one that it handed back keeps it neither busy nor asleep."""
+    calls: list[int] = []
+
+    def twos(far_end: DeviceQueue) -> None:
+        calls.append(far_end.index)
+        chains = far_end.pop(limit=2)
+        if len(chains) < 2:
+            if chains:
+                far_end.rewind()
+            return
+        for chain in chains:
+            far_end.complete(chain, chain.write(chain.read()[::-1]))
+        far_end.publish()
+
+    queue, doorbell = pair.queues[2], pair.transport.doorbell(2)
+    pair.device.own = twos
+    for _ in range(20):
+        pair.device.poll()
+        doorbell.drain()
+        calls.clear()
+        pair.ask(queue, b"one")
+        assert doorbell.wait(timeout=0)
+        pair.device.poll()
+        assert 1 <= len(calls) <= 2 and not doorbell.wait(timeout=0), "it does not call itself again and again"
+        pair.ask(queue, b"two")
+        assert doorbell.wait(timeout=0), "the next buffer rings"
+        pair.device.poll()
+        assert pair.answers(queue) == [b"eno", b"owt"]

@@ -204,6 +204,24 @@ def test_a_closed_transport_says_so_and_frees_its_device() -> None:
     LoopbackTransport(device).close()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_transport_that_is_closed_first_leaves_the_driver_nothing_to_hold(ring_features: Features, given: bool) -> None:
+    transport = LoopbackTransport(Plain())
+    with Memory(1 << 20) as memory:
+        driver = Driver(transport, memory=memory if given else None)
+        driver.negotiate(wanted=ring_features)
+        queue = driver.setup_queue(0)
+        driver.driver_ok()
+        queue.add("lost", writable=[(driver.address + driver.allocate(16), 16)])
+        transport.close()
+        with pytest.raises(StatusError, match="the transport is closed"):
+            driver.close()
+        assert driver.state is DriverState.CLOSED
+        driver.close()
+        assert driver.memory.closed is not given
+        memory.free(memory.allocate(1 << 20))
+
+
 def test_memory_is_attached_once_and_detached_once() -> None:
     device = Plain()
     transport = LoopbackTransport(device)

@@ -101,6 +101,42 @@ def test_a_source_that_fails_once_loses_no_request(loopback: Loopback, ring_feat
         assert driver.read(8) == expected(8)
 
 
+def test_what_was_answered_before_the_source_fails_is_published(loopback: Loopback, ring_features: Features) -> None:
+    pieces = iter((b"a", None, b"b", b"c"))
+
+    def source(count: int) -> bytes:
+        if (piece := next(pieces)) is None:
+            raise OSError("no entropy for now")
+        return piece
+
+    device = RngDevice(source)
+    with RngDriver(loopback(device), wanted=ring_features) as driver:
+        for token in range(3):
+            driver.requestq.add(token, writable=[(driver.address + driver.buffer + token, 1)])
+        driver.requestq.publish()
+        with pytest.raises(OSError, match="no entropy for now"):
+            device.poll()
+        far_end = device.queue(0)
+        assert driver.requestq.pop_used() == [(0, 1)] and far_end is not None and far_end.outstanding == 0
+        device.poll()
+        assert driver.requestq.pop_used() == [(1, 1), (2, 1)]
+        assert driver.memory.read(driver.buffer, 3) == b"abc"
+
+
+def test_the_handler_alone_publishes_what_it_answered(loopback: Loopback, ring_features: Features) -> None:
+    pieces = iter((b"a", b""))
+    device = RngDevice(lambda count: next(pieces))
+    with RngDriver(loopback(device), wanted=ring_features) as driver:
+        for token in range(2):
+            driver.requestq.add(token, writable=[(driver.address + driver.buffer + token, 1)])
+        driver.requestq.publish()
+        far_end = device.queue(0)
+        assert far_end is not None
+        with pytest.raises(ValueError, match="gave none"):
+            device.on_requestq(far_end)
+        assert driver.requestq.pop_used() == [(0, 1)]
+
+
 def test_a_negative_count_is_refused(loopback: Loopback) -> None:
     with RngDriver(loopback(RngDevice())) as driver, pytest.raises(ValueError, match="-1"):
         driver.read(-1)
@@ -211,6 +247,15 @@ def test_memory_may_be_somebody_elses(loopback: Loopback) -> None:
         assert driver.state is DriverState.CLOSED and not memory.closed
         with pytest.raises(StatusError):
             driver.read(1)
+
+
+def test_memory_of_somebody_else_is_given_back_whole(loopback: Loopback) -> None:
+    transport = loopback(RngDevice())
+    with Memory(1 << 16) as memory:
+        for _ in range(20):
+            with RngDriver(transport, memory=memory) as driver:
+                driver.read(4)
+        memory.free(memory.allocate(1 << 16))
 
 
 def test_hostile_requests_make_the_device_need_a_reset(loopback: Loopback, ring_features: Features) -> None:

@@ -254,7 +254,10 @@ class Device:
         return self.queue_size if 0 <= index < len(self.queues) else 0
 
     def queue(self, index: int) -> DeviceQueue | None:
-        """The enabled queue at `index`, for devices that serve it outside its handler."""
+        """The enabled queue at `index`, for devices that serve it outside its handler.
+
+        Its `base` tells where to resume only while nothing is in flight: complete and publish, or rewind, every chain before it is saved.
+        """
         served = self._served.get(index)
         return None if served is None else served.queue
 

@@ -123,6 +123,7 @@ class Driver:
         self._features = Features()
         self._enabled: dict[int, _Enabled] = {}
         self._queues_reset: set[int] = set()
+        self._buffers: list[int] = []
         self._serve: Callable[[], int] | None = transport.serve if isinstance(transport, Alternating) else None
         self._events = select.epoll()
         self._events.register(transport.config_interrupt.fileno(), select.EPOLLIN)
@@ -141,6 +142,13 @@ class Driver:
     def queues(self) -> Mapping[int, DriverQueue]:
         """The queues that are set up, by index."""
         return MappingProxyType({index: enabled.queue for index, enabled in dict(self._enabled).items()})
+
+    @locked
+    def allocate(self, size: int, align: int = 16) -> int:
+        """Takes `size` bytes of `memory`, as `Memory.allocate` does, for as long as the driver lives: closing it gives them back."""
+        offset = self.memory.allocate(size, align)
+        self._buffers.append(offset)
+        return offset
 
     @locked
     def reset(self, *, timeout: float = RESET_TIMEOUT) -> dict[int, list[Any]]:
@@ -363,6 +371,8 @@ class Driver:
     def close(self) -> None:
         """Resets the device, closes the queues, detaches the memory, and closes it if it was made here. Closing twice is closing once.
 
+        TransportError, StatusError: the device cannot be reset, because it or the transport is gone. The memory is detached all the same,
+        but queues and buffers in it stay until `close` is called again.
         BufferError: somebody still looks into the driver's own memory; close again when that has ended.
         """
         if self._state is not DriverState.CLOSED:
@@ -372,8 +382,15 @@ class Driver:
             finally:
                 self._state = DRIVER_TABLE.target(self._state, DriverStep.CLOSE)
                 self._events.close()
-                self.transport.detach(self.memory)
-        if self._owned and not self._enabled:
+                with suppress(ValueError):  # a transport that was closed first has let go of it
+                    self.transport.detach(self.memory)
+        for enabled in self._enabled.values():  # no reset came through, but the memory is out of the device's reach
+            enabled.queue.reset()
+            enabled.queue.close()
+        self._enabled.clear()
+        while self._buffers and not self.memory.closed:
+            self.memory.free(self._buffers.pop())
+        if self._owned:
             self.memory.close()
 
     def __enter__(self) -> Self:

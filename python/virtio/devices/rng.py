@@ -37,7 +37,7 @@ class RngDriver(Driver):
         super().__init__(transport, memory=memory)
         with self.initializing():
             self.negotiate(wanted=wanted)
-            self.buffer = self.memory.allocate(BUFFER_SIZE)
+            self.buffer = self.allocate(BUFFER_SIZE)
             self.requestq = self.setup_queue(REQUESTQ, size=8)
             self.driver_ok()
 
@@ -76,11 +76,13 @@ class RngDevice(Device):
 
     def on_requestq(self, queue: DeviceQueue) -> None:
         """Answers each request with one piece. SpecViolation: there is something to read in it, or nowhere to write."""
-        for chain in queue.pop(limit=64):
-            if chain.readable or not chain.writable:
-                raise SpecViolation(f"a request has {chain.readable} readable and {chain.writable} writable bytes", "5.4.6.1")
-            data = self.source(min(chain.writable, BUFFER_SIZE))
-            if not data:
-                raise ValueError("the source of random bytes gave none")
-            queue.complete(chain, chain.write(data[: chain.writable]))
-        queue.publish()
+        try:
+            for chain in queue.pop(limit=64):
+                if chain.readable or not chain.writable:
+                    raise SpecViolation(f"a request has {chain.readable} readable and {chain.writable} writable bytes", "5.4.6.1")
+                data = self.source(min(chain.writable, BUFFER_SIZE))
+                if not data:
+                    raise ValueError("the source of random bytes gave none")
+                queue.complete(chain, chain.write(data[: chain.writable]))
+        finally:
+            queue.publish()
