@@ -193,6 +193,15 @@ macro_rules! word_array {
                 <$int>::from_le(self.at(index).load(Relaxed))
             }
 
+            /// Relaxed loads from `first` on, to where the ring begins again.
+            #[inline(always)]
+            pub fn loads(&self, first: usize) -> impl ExactSizeIterator<Item = $int> {
+                let first = first & self.mask;
+                // SAFETY: the words from the masked index to the mask lie in the array, as in `at`; atomics may be shared.
+                let words = unsafe { std::slice::from_raw_parts(self.base.add(first).as_ptr(), self.mask + 1 - first) };
+                words.iter().map(|word| <$int>::from_le(word.load(Relaxed)))
+            }
+
             /// A relaxed store.
             #[inline(always)]
             pub fn store(&self, index: usize, value: $int) {

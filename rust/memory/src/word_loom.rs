@@ -88,6 +88,12 @@ macro_rules! word_array {
                 self.words.store(self.first + (index & self.mask), value);
             }
 
+            /// Relaxed loads from `first` on, to where the ring begins again.
+            pub fn loads(&self, first: usize) -> impl ExactSizeIterator<Item = $int> {
+                let first = first & self.mask;
+                (first..self.mask + 1).map(|index| self.load(index))
+            }
+
             /// Relaxed loads of the words 2 x `pair` and the one after it.
             pub fn load_pair(&self, pair: usize) -> [$int; 2] {
                 [self.load(2 * pair), self.load(2 * pair + 1)]

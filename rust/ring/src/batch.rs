@@ -108,14 +108,12 @@ impl ChainBatch {
     }
 
     /// Room for chains of one segment, at most `most`, such that a chain of `limit` segments still fits behind all but the last; and how
-    /// many segments there are before it.
+    /// many segments there are before it. Two slices of one length.
     #[inline(always)]
-    pub(crate) fn short_room(&mut self, limit: u16, most: usize) -> (impl Iterator<Item = (&mut Chain, &mut Segment)>, usize) {
+    pub(crate) fn short_room(&mut self, limit: u16, most: usize) -> (&mut [Chain], &mut [Segment], u32) {
         let behind = (self.segments.len() - self.segments_used + 1).saturating_sub(usize::from(limit));
         let n = (self.limit - self.count).min(behind).min(most);
-        let chains = &mut self.chains[self.count..][..n];
-        let segments = &mut self.segments[self.segments_used..][..n];
-        (chains.iter_mut().zip(segments), self.segments_used)
+        (&mut self.chains[self.count..][..n], &mut self.segments[self.segments_used..][..n], self.segments_used as u32)
     }
 
     /// So many chains of one segment were written to that room.

@@ -2,19 +2,28 @@
 
 use crate::error::RingError;
 use crate::ring::{Completion, Completions};
+use crate::spec::MAX_SIZE;
 
-/// A chain in flight.
+/// A chain in flight. Fields that are constants of the usual chain stand side by side, so that they take few stores.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 pub(crate) struct Flight {
     /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
     pub serial: u32,
-    /// The serial of the chain that was popped before it.
-    pub previous: u32,
-    pub writable: u32,
     /// Ring descriptors that it takes.
     pub slots: u16,
     /// Packed: the buffer id, only ever echoed.
     pub id: u16,
+    /// How many serials lie between this one and that of the chain that was popped before it: some only behind chains that were handed back.
+    pub gap: u32,
+    pub writable: u32,
+}
+
+impl Flight {
+    /// The serial of the chain that was popped before it.
+    fn previous(&self) -> u32 {
+        self.serial.wrapping_sub(1).wrapping_sub(self.gap)
+    }
 }
 
 /// In order: a chain that is done, perhaps before its turn.
@@ -55,10 +64,10 @@ pub(crate) fn after(place: usize, size: usize) -> usize {
     if place + 1 == size { 0 } else { place + 1 }
 }
 
-/// The serial after this one: never 0.
+/// The serial to count on from, so that as many chains as a ring holds get one each, and none gets 0.
 #[inline(always)]
-pub(crate) fn next_serial(serial: u32) -> u32 {
-    serial.checked_add(1).unwrap_or(1)
+pub(crate) fn count_from(serial: u32) -> u32 {
+    if serial < u32::MAX - MAX_SIZE { serial } else { 0 }
 }
 
 /// How chains in flight are named.
@@ -127,9 +136,9 @@ impl InFlight {
 
     /// A chain was popped; gives its serial.
     pub(crate) fn start(&mut self, head: u16, id: u16, slots: u16, writable: u32) -> u32 {
-        self.serial = next_serial(self.serial);
-        let previous = std::mem::replace(&mut self.last, self.serial);
-        self.entries[usize::from(head)] = Flight { serial: self.serial, previous, writable, slots, id };
+        self.serial = count_from(self.serial) + 1;
+        let gap = self.serial.wrapping_sub(1).wrapping_sub(std::mem::replace(&mut self.last, self.serial));
+        self.entries[usize::from(head)] = Flight { serial: self.serial, slots, id, gap, writable };
         if let Some(place) = self.heads.get_mut(self.newest) {
             *place = head;
         }
@@ -160,10 +169,10 @@ impl InFlight {
         let mut done = 0;
         for completion in completions.all() {
             // Out of the table for the length of this check: a second one of its kind is not found.
-            match find(&mut self.entries, &completion) {
+            match find(&mut self.entries, completion.head, completion.serial, completion.len) {
                 Some(flight) => flight.serial = 0,
                 None => {
-                    result = Err(self.refuse(&completion));
+                    result = Err(self.refuse(completion.head, completion.serial, completion.len));
                     break;
                 }
             }
@@ -181,9 +190,11 @@ impl InFlight {
         }
     }
 
+    /// Takes plain values: what is passed by address is written to memory in every turn of a loop.
     #[cold]
-    fn refuse(&self, completion: &Completion) -> RingError {
-        self.check(completion).err().unwrap_or(RingError::NotInFlight { head: completion.head })
+    #[inline(never)]
+    fn refuse(&self, head: u16, serial: u32, len: u32) -> RingError {
+        self.check(&Completion { head, serial, len }).err().unwrap_or(RingError::NotInFlight { head })
     }
 
     /// Takes chains out of the table in the given order, telling `each` (name, flight, length): all of them; or none, and what `each` did is void.
@@ -196,8 +207,8 @@ impl InFlight {
         let (mut slots, mut done) = (0, 0);
         let entries = &mut self.entries[..];
         for completion in completions.all() {
-            let Some(flight) = find(entries, &completion) else {
-                let error = self.refuse(&completion);
+            let Some(flight) = find(entries, completion.head, completion.serial, completion.len) else {
+                let error = self.refuse(completion.head, completion.serial, completion.len);
                 self.put_back(completions, done);
                 return Err(error);
             };
@@ -212,6 +223,46 @@ impl InFlight {
             told.extend(completions.all().map(|c| c.head));
         }
         Ok(())
+    }
+
+    /// In order: takes chains out of the table that are the oldest ones, in their order, each of them without a writable part or filled
+    /// completely, so that one element may stand for them. Gives the last one's name, flight and length, the slots of all and their number;
+    /// or nothing, and then nothing was done.
+    #[inline(always)]
+    pub(crate) fn finish_run<const HEADS: bool, C: Completions>(&mut self, completions: C) -> Option<(u16, Flight, u32, u32, u32)> {
+        if self.held_count != 0 {
+            return None;
+        }
+        let size = self.entries.len();
+        let (entries, heads) = (&mut self.entries[..], &self.heads[..]);
+        let (mut place, mut slots, mut done, mut last) = (self.oldest, 0, 0, 0);
+        let mut whole = true;
+        for c in completions.all() {
+            let turn = if HEADS { heads[place] } else { place as u16 };
+            // A second one of its kind is not found: the first is out of the table.
+            let flight = &mut entries[usize::from(turn)];
+            if c.head != turn || flight.serial != c.serial || c.serial == 0 || c.len != flight.writable {
+                whole = false;
+                break;
+            }
+            flight.serial = 0;
+            slots += u32::from(flight.slots);
+            last = turn;
+            place = after(place, size);
+            done += 1;
+        }
+        if !whole || done == 0 {
+            self.put_back(completions, done);
+            return None;
+        }
+        self.oldest = place;
+        self.done_slots += slots;
+        self.chains -= done as u16;
+        if let Some(told) = &mut self.told {
+            told.extend(completions.all().map(|c| c.head));
+        }
+        let flight = self.entries[usize::from(last)];
+        Some((last, flight, flight.writable, slots, done as u32))
     }
 
     /// In order: takes chains out of the table from the oldest on, telling `each` (name, flight, length). Those that are done before their turn
@@ -320,7 +371,7 @@ impl InFlight {
         let (mut place, mut serial) = (self.newest, self.last);
         for _ in 0..count {
             place = self.place_of(serial, place).ok_or(RingError::CannotRewind { count, reason: "a newer chain was completed" })?;
-            serial = self.entries[usize::from(self.name(place))].previous;
+            serial = self.entries[usize::from(self.name(place))].previous();
         }
         Ok(())
     }
@@ -330,7 +381,7 @@ impl InFlight {
         self.newest = self.place_of(self.last, self.newest)?;
         let head = self.name(self.newest);
         let flight = &mut self.entries[usize::from(head)];
-        self.last = flight.previous;
+        self.last = flight.previous();
         flight.serial = 0;
         self.chains -= 1;
         self.slots -= u32::from(flight.slots);
@@ -340,9 +391,9 @@ impl InFlight {
 
 /// The chain that a completion names, if it is in flight and so many bytes fit.
 #[inline(always)]
-fn find<'a>(entries: &'a mut [Flight], completion: &Completion) -> Option<&'a mut Flight> {
-    let flight = entries.get_mut(usize::from(completion.head))?;
-    let found = flight.serial == completion.serial && flight.serial != 0 && completion.len <= flight.writable;
+fn find(entries: &mut [Flight], head: u16, serial: u32, len: u32) -> Option<&mut Flight> {
+    let flight = entries.get_mut(usize::from(head))?;
+    let found = flight.serial == serial && serial != 0 && len <= flight.writable;
     found.then_some(flight)
 }
 

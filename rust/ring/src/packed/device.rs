@@ -2,11 +2,11 @@
 
 use super::{BOTH, PackedRing, avail_flags, is_avail, rest, used_flags};
 use crate::batch::ChainBatch;
-use crate::chain::{Chain, Segment, Walk};
+use crate::chain::{Chain, Direction, Segment, Walk};
 use crate::error::RingError;
 use crate::event::{Cursor, packed_event, packed_word};
 use crate::indirect::{TableCopy, direction};
-use crate::inflight::{Flight, InFlight, Names, Run, after, next_serial};
+use crate::inflight::{Flight, InFlight, Names, Run, after, count_from};
 use crate::options::{Areas, RingFeatures};
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
 use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
@@ -40,6 +40,8 @@ pub struct PackedDevice {
     /// Nothing was decided yet since set-up or restore: the first decision notifies.
     first_decision: bool,
     run: Option<Run<Cursor>>,
+    /// What the last chain of an unusual kind began with: the usual ones after it are probably alike.
+    direction: Direction,
 }
 
 impl PackedDevice {
@@ -68,43 +70,48 @@ impl PackedDevice {
             since: 0,
             first_decision: true,
             run: None,
+            direction: Direction::Readable,
         })
     }
 
-    /// Chains of one descriptor, until the batch is full, none is left, or another kind of chain comes; tells how many.
+    /// Chains of one descriptor of one direction, until the batch is full, none is left, or another kind of chain comes; tells how many.
     #[inline(always)]
-    fn pop_short(&mut self, out: &mut ChainBatch) -> (usize, Stop) {
+    fn pop_short<const WRITABLE: bool>(&mut self, out: &mut ChainBatch) -> (usize, Stop) {
+        let (kind, direction) = if WRITABLE { (DESC_F_WRITE, Direction::Writable) } else { (0, Direction::Readable) };
+        const KINDS: u64 = ((DESC_F_NEXT | DESC_F_INDIRECT | DESC_F_WRITE) as u64) << 48;
         let size = self.ring.size;
         let InFlight { entries, newest, serial, last, chains, slots, .. } = &mut self.flights;
         let free = usize::from(size) - *slots as usize;
-        let (room, used) = out.short_room(self.limit, usize::MAX);
-        let (mut place, mut number, mut previous) = (*newest, *serial, *last);
-        let (mut popped, mut stop) = (0, Stop::Full);
+        let (chains_room, segments_room, used) = out.short_room(self.limit, usize::MAX);
+        let (mut place, before) = (*newest, count_from(*serial));
+        let (mut oldest, mut popped, mut stop) = (0, 0, Stop::Full);
         let Cursor { mut offset, mut wrap } = self.next;
-        let mut expected = u64::from(avail_flags(wrap)) << 48;
+        let mut expected = u64::from(avail_flags(wrap) | kind) << 48;
         let (entries, desc) = (&mut entries[..], self.ring.desc.cells());
-        for (chain, segment) in room {
+        for (chain, segment) in chains_room.iter_mut().zip(segments_room) {
             let word = desc.load_acquire(2 * usize::from(offset) + 1);
-            if word & BOTH != expected {
+            let len = word as u32;
+            if word & (BOTH | KINDS) != expected || len == 0 || popped == free {
+                if word & BOTH == expected & BOTH {
+                    stop = Stop::Other(word);
+                }
                 break;
             }
-            let (len, id, flags) = (word as u32, (word >> 32) as u16, (word >> 48) as u16);
-            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != 0 || len == 0 || popped == free {
-                stop = Stop::Long(word);
-                break;
-            }
-            let direction = direction(flags);
-            let writable = direction.writable(len);
-            number = next_serial(number);
-            if entries[place].serial != 0 {
+            let address = desc.load(2 * usize::from(offset));
+            let Some(mut flight) = entries.get_mut(place) else { break };
+            if flight.serial != 0 {
                 place = InFlight::free_place(entries, place);
+                flight = &mut entries[place];
             }
-            let head = place as u16;
-            entries[place] = Flight { serial: number, previous, writable, slots: 1, id };
-            previous = number;
-            place = after(place, entries.len());
-            *segment = Segment { address: desc.load(2 * usize::from(offset)), len, direction };
-            *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
+            if popped == 0 {
+                oldest = place;
+            }
+            let (readable, writable) = if WRITABLE { (0, len) } else { (len, 0) };
+            let (head, serial) = (place as u16, before + 1 + popped as u32);
+            *flight = Flight { serial, slots: 1, id: (word >> 32) as u16, gap: 0, writable };
+            place = after(place, usize::from(size));
+            *segment = Segment { address, len, direction };
+            *chain = Chain { head, segments: 1, serial, readable, writable, first: used + popped as u32 };
             popped += 1;
             offset += 1;
             if offset == size {
@@ -112,11 +119,17 @@ impl PackedDevice {
                 expected ^= BOTH;
             }
         }
-        (*newest, *serial, *last) = (place, number, previous);
-        *chains += popped as u16;
-        *slots += popped as u32;
-        self.next = Cursor { offset, wrap };
-        out.grow(popped);
+        if popped > 0 {
+            // Only the first one may follow chains that were handed back.
+            entries[oldest].gap = before.wrapping_sub(*last);
+            *serial = before + popped as u32;
+            *last = *serial;
+            *newest = place;
+            *chains += popped as u16;
+            *slots += popped as u32;
+            self.next = Cursor { offset, wrap };
+            out.grow(popped);
+        }
         (popped, stop)
     }
 
@@ -130,7 +143,8 @@ impl PackedDevice {
 
     /// A list of descriptors, or a table, from its first word on. The first one's flags make the others visible; each is read once.
     #[inline(never)]
-    fn pop_long(&mut self, memory: &RegionTable, first_word: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+    fn pop_other(&mut self, memory: &RegionTable, first_word: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+        self.direction = direction((first_word >> 48) as u16);
         let (tail, first) = out.tail();
         let mut walk = Walk::new(tail, self.limit);
         let (mut word, mut at, mut slots) = (first_word, self.next, 1u16);
@@ -183,6 +197,23 @@ impl PackedDevice {
     #[inline(always)]
     fn complete_in_order<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
         let (desc, mut run, mut tail) = (self.ring.desc.cells(), self.run, self.tail());
+        if let Some((_, flight, len, slots, chains)) = self.flights.finish_run::<false, _>(completions) {
+            match &mut run {
+                Some(open) if open.full => open.extend(flight.id, &flight, len),
+                _ => {
+                    if let Some(closed) = run {
+                        tail.element(&desc, closed.place, closed.id, closed.len);
+                    }
+                    run = Some(Run::new(tail.used, flight.id, &flight, len));
+                }
+            }
+            self.run = run;
+            tail.used = tail.used.step(slots as u16, tail.size);
+            tail.slots += slots;
+            tail.chains += chains;
+            self.set_tail(tail);
+            return Ok(());
+        }
         self.flights.finish_in_order(completions, |_, flight, len| {
             match &mut run {
                 Some(open) if open.full => open.extend(flight.id, flight, len),
@@ -216,7 +247,7 @@ impl PackedDevice {
 /// Why a run of short chains ended.
 enum Stop {
     Full,
-    Long(u64),
+    Other(u64),
 }
 
 /// Used descriptors since the last publish.
@@ -267,11 +298,14 @@ impl DeviceRing for PackedDevice {
     fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError> {
         let mut popped = 0;
         loop {
-            let (more, stop) = self.pop_short(out);
+            let (more, stop) = match self.direction {
+                Direction::Readable => self.pop_short::<false>(out),
+                Direction::Writable => self.pop_short::<true>(out),
+            };
             popped += more;
             match stop {
                 Stop::Full => return Ok(popped),
-                Stop::Long(word) => match self.pop_long(memory, word, out) {
+                Stop::Other(word) => match self.pop_other(memory, word, out) {
                     Ok(()) => popped += 1,
                     Err(_) if popped > 0 => return Ok(popped),
                     Err(error) => return Err(error),

@@ -2,19 +2,23 @@
 
 use super::{FLAGS, IDX, SplitRing};
 use crate::batch::ChainBatch;
-use crate::chain::{Chain, Segment, Walk};
+use crate::chain::{Chain, Direction, Segment, Walk};
 use crate::error::RingError;
 use crate::event::{self, Cursor};
 use crate::indirect::{TableCopy, direction};
-use crate::inflight::{Flight, InFlight, Names, Run, next_serial};
+use crate::inflight::{Flight, InFlight, Names, Run, count_from};
 use crate::options::{Areas, RingFeatures};
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
-use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, USED_F_NO_NOTIFY};
-#[cfg(not(loom))]
-use virtio_memory::U32RingCells;
+use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY};
 use virtio_memory::{FencePoint, RegionTable, full_fence};
+#[cfg(not(loom))]
+use virtio_memory::{U16RingCells, U32RingCells, U64RingCells};
 #[cfg(loom)]
-type U32RingCells<'a> = virtio_memory::U32Ring;
+type U16RingCells<'a> = &'a virtio_memory::U16Ring;
+#[cfg(loom)]
+type U32RingCells<'a> = &'a virtio_memory::U32Ring;
+#[cfg(loom)]
+type U64RingCells<'a> = &'a virtio_memory::U64Ring;
 
 /// Takes from the available ring, adds to the used ring.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub struct SplitDevice {
     /// Nothing was decided yet since set-up or restore: the first decision notifies.
     first_decision: bool,
     run: Option<Run<u16>>,
+    /// What the last chain of an unusual kind began with: the usual ones after it are probably alike.
+    direction: Direction,
 }
 
 impl SplitDevice {
@@ -66,6 +72,7 @@ impl SplitDevice {
             since: 0,
             first_decision: true,
             run: None,
+            direction: Direction::Readable,
         })
     }
 
@@ -85,52 +92,37 @@ impl SplitDevice {
         Ok(ahead)
     }
 
-    /// Chains of one descriptor, until `limit` are in, the batch is full, or another kind of chain comes; tells how many.
+    /// Chains of one descriptor of one direction, until `limit` are in, the batch is full, or another kind of chain comes; tells how many.
     #[inline(always)]
-    fn pop_short(&mut self, out: &mut ChainBatch, limit: usize) -> (usize, Stop) {
-        let (size, mask) = (self.ring.size, usize::from(self.ring.mask()));
+    fn pop_short<const WRITABLE: bool>(&mut self, out: &mut ChainBatch, limit: usize) -> (usize, Stop) {
         let InFlight { entries, heads, newest, serial, last, chains, slots, .. } = &mut self.flights;
-        let free = usize::from(size) - *slots as usize;
-        let (room, used) = out.short_room(self.limit, limit.min(free));
-        let (entries, heads) = (&mut entries[..], &mut heads[..]);
-        let (avail, desc) = (self.ring.heads.cells(), self.ring.desc.cells());
-        let (first, mut number, mut previous) = (self.next, *serial, *last);
-        let (mut popped, mut stop) = (0, Stop::Full);
-        for (chain, segment) in room {
-            let place = usize::from(first) + popped;
-            let head = avail.load(place);
-            let Some(flight) = entries.get_mut(usize::from(head)) else {
-                stop = Stop::Bad(RingError::HeadOutOfRange { head, size });
-                break;
-            };
-            if flight.serial != 0 {
-                stop = Stop::Bad(RingError::HeadInFlight { head });
-                break;
-            }
-            let [address, rest] = desc.load_pair(head.into());
-            let (len, flags) = (rest as u32, (rest >> 32) as u16);
-            if flags & (DESC_F_NEXT | DESC_F_INDIRECT) != 0 || len == 0 {
-                stop = Stop::Long { head, address, rest };
-                break;
-            }
-            let direction = direction(flags);
-            let writable = direction.writable(len);
-            number = next_serial(number);
-            *flight = Flight { serial: number, previous, writable, slots: 1, id: 0 };
-            previous = number;
-            heads[place & mask] = head;
-            *segment = Segment { address, len, direction };
-            *chain = Chain { head, serial: number, readable: len - writable, writable, first: (used + popped) as u32, segments: 1 };
-            popped += 1;
+        let size = heads.len();
+        let free = size - *slots as usize;
+        let (room, segments, used) = out.short_room(self.limit, limit.min(free));
+        let (first, before) = (usize::from(self.next) & (size - 1), count_from(*serial));
+        let mut short = Short { avail: self.ring.heads.cells(), desc: self.ring.desc.cells(), entries, serial: before, used };
+        // Up to the end of the ring, and on from its start.
+        let cut = room.len().min(size - first);
+        let ((near, far), (near_segments, far_segments)) = (room.split_at_mut(cut), segments.split_at_mut(cut));
+        let (mut popped, mut stop) = short.pop::<WRITABLE>(first, near, near_segments, &mut heads[first..]);
+        if popped == cut && !far.is_empty() {
+            let (more, end) = short.pop::<WRITABLE>(0, far, far_segments, heads);
+            (popped, stop) = (popped + more, end);
+        }
+        if popped > 0 {
+            // Only the first one may follow chains that were handed back.
+            entries[usize::from(heads[first])].gap = before.wrapping_sub(*last);
+            *serial = before + popped as u32;
+            *last = *serial;
+            self.next = self.next.wrapping_add(popped as u16);
+            *newest = usize::from(self.next) & (size - 1);
+            *chains += popped as u16;
+            *slots += popped as u32;
+            out.grow(popped);
         }
         if popped == free && popped < limit {
-            stop = Stop::Bad(RingError::TooManyInFlight { slots: u32::from(size) + 1, size });
+            stop = Stop::NoSlots;
         }
-        self.next = first.wrapping_add(popped as u16);
-        (*newest, *serial, *last) = (usize::from(self.next) & mask, number, previous);
-        *chains += popped as u16;
-        *slots += popped as u32;
-        out.grow(popped);
         (popped, stop)
     }
 
@@ -142,9 +134,10 @@ impl SplitDevice {
         Ok(())
     }
 
-    /// A chain of several descriptors, or of a table, from its first descriptor on. Each descriptor is read once.
+    /// Any chain, from its first descriptor on. Each descriptor is read once.
     #[inline(never)]
-    fn pop_long(&mut self, memory: &RegionTable, head: u16, address: u64, rest: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+    fn pop_other(&mut self, memory: &RegionTable, head: u16, address: u64, rest: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+        self.direction = direction((rest >> 32) as u16);
         let (tail, first) = out.tail();
         let mut walk = Walk::new(tail, self.limit);
         let (mut address, mut rest, mut slots) = (address, rest, 1u16);
@@ -181,16 +174,43 @@ impl SplitDevice {
         Ok(())
     }
 
+    /// One element for each.
+    #[inline(never)]
+    fn complete_free_order<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
+        // Counted on past 16 bits: the ring's cells mask what they are given.
+        let (elements, mut used) = (self.ring.elements.cells(), usize::from(self.used));
+        // What is written here is only shown by the index.
+        self.flights.finish_batch(completions, |head, _, len| {
+            element(&elements, used, head, len);
+            used += 1;
+        })?;
+        self.used = used as u16;
+        Ok(())
+    }
+
     /// In order: what is done, from the oldest on, goes into runs.
-    #[inline(always)]
+    #[inline(never)]
     fn complete_in_order<C: Completions>(&mut self, completions: C) -> Result<(), RingError> {
         let (elements, mut run, mut used) = (self.ring.elements.cells(), self.run, self.used);
+        if let Some((head, flight, len, _, chains)) = self.flights.finish_run::<true, _>(completions) {
+            match &mut run {
+                Some(open) if open.full => open.extend(head, &flight, len),
+                _ => {
+                    if let Some(closed) = run {
+                        element(&elements, closed.place.into(), closed.id, closed.len);
+                    }
+                    run = Some(Run::new(used, head, &flight, len));
+                }
+            }
+            (self.run, self.used) = (run, used.wrapping_add(chains as u16));
+            return Ok(());
+        }
         self.flights.finish_in_order(completions, |head, flight, len| {
             match &mut run {
                 Some(open) if open.full => open.extend(head, flight, len),
                 _ => {
                     if let Some(closed) = run {
-                        element(&elements, closed.place, closed.id, closed.len);
+                        element(&elements, closed.place.into(), closed.id, closed.len);
                     }
                     run = Some(Run::new(used, head, flight, len));
                 }
@@ -224,13 +244,61 @@ impl SplitDevice {
 /// Why a run of short chains ended.
 enum Stop {
     Full,
-    Bad(RingError),
-    Long { head: u16, address: u64, rest: u64 },
+    NoSlots,
+    HeadOutOfRange(u16),
+    HeadInFlight(u16),
+    Other { head: u16, address: u64, rest: u64 },
+}
+
+/// What the loop over the usual chains needs, and no more: it has few registers.
+struct Short<'a> {
+    avail: U16RingCells<'a>,
+    desc: U64RingCells<'a>,
+    entries: &'a mut [Flight],
+    /// The serial that was given out last, and the segments in the batch.
+    serial: u32,
+    used: u32,
+}
+
+impl Short<'_> {
+    /// Chains from `place` on, not across the ring's end, until there is no room; `heads` is the shadow from `place` on.
+    #[inline(never)]
+    fn pop<const WRITABLE: bool>(
+        &mut self,
+        place: usize,
+        chains: &mut [Chain],
+        segments: &mut [Segment],
+        heads: &mut [u16],
+    ) -> (usize, Stop) {
+        let (kind, direction) = if WRITABLE { (DESC_F_WRITE, Direction::Writable) } else { (0, Direction::Readable) };
+        let (desc, entries, serial, used) = (self.desc, &mut self.entries[..], self.serial + 1, self.used);
+        let places = heads.iter_mut().zip(self.avail.loads(place));
+        let mut popped = 0;
+        for ((chain, segment), (name, head)) in chains.iter_mut().zip(segments).zip(places) {
+            let Some(flight) = entries.get_mut(usize::from(head)) else { return (popped as usize, Stop::HeadOutOfRange(head)) };
+            if flight.serial != 0 {
+                return (popped as usize, Stop::HeadInFlight(head));
+            }
+            let [address, rest] = desc.load_pair(head.into());
+            let (len, flags) = (rest as u32, (rest >> 32) as u16);
+            if flags & (DESC_F_NEXT | DESC_F_INDIRECT | DESC_F_WRITE) != kind || len == 0 {
+                return (popped as usize, Stop::Other { head, address, rest });
+            }
+            let (readable, writable) = if WRITABLE { (0, len) } else { (len, 0) };
+            *flight = Flight { serial: serial + popped, slots: 1, id: 0, gap: 0, writable };
+            *name = head;
+            *segment = Segment { address, len, direction };
+            *chain = Chain { head, segments: 1, serial: serial + popped, readable, writable, first: used + popped };
+            popped += 1;
+        }
+        (self.serial, self.used) = (self.serial + popped, used + popped);
+        (popped as usize, Stop::Full)
+    }
 }
 
 #[inline(always)]
-fn element(elements: &U32RingCells, position: u16, id: u16, len: u32) {
-    elements.store_pair(usize::from(position), [id.into(), len]);
+fn element(elements: &U32RingCells, position: usize, id: u16, len: u32) {
+    elements.store_pair(position, [id.into(), len]);
 }
 
 impl DeviceRing for SplitDevice {
@@ -251,12 +319,18 @@ impl DeviceRing for SplitDevice {
         let n = usize::from(self.ready(out.room())?).min(out.room());
         let mut popped = 0;
         loop {
-            let (more, stop) = self.pop_short(out, n - popped);
+            let (more, stop) = match self.direction {
+                Direction::Readable => self.pop_short::<false>(out, n - popped),
+                Direction::Writable => self.pop_short::<true>(out, n - popped),
+            };
             popped += more;
+            let size = self.ring.size;
             let result = match stop {
                 Stop::Full => return Ok(popped),
-                Stop::Bad(error) => Err(error),
-                Stop::Long { head, address, rest } => self.pop_long(memory, head, address, rest, out),
+                Stop::NoSlots => Err(RingError::TooManyInFlight { slots: u32::from(size) + 1, size }),
+                Stop::HeadOutOfRange(head) => Err(RingError::HeadOutOfRange { head, size }),
+                Stop::HeadInFlight(head) => Err(RingError::HeadInFlight { head }),
+                Stop::Other { head, address, rest } => self.pop_other(memory, head, address, rest, out),
             };
             match result {
                 Ok(()) => popped += 1,
@@ -275,14 +349,7 @@ impl DeviceRing for SplitDevice {
         if self.features.in_order {
             return self.complete_in_order(completions);
         }
-        let (elements, mut used) = (self.ring.elements.cells(), self.used);
-        // What is written here is only shown by the index.
-        self.flights.finish_batch(completions, |head, _, len| {
-            element(&elements, used, head, len);
-            used = used.wrapping_add(1);
-        })?;
-        self.used = used;
-        Ok(())
+        self.complete_free_order(completions)
     }
 
     fn rewind(&mut self, count: usize) -> Result<(), RingError> {
@@ -298,7 +365,7 @@ impl DeviceRing for SplitDevice {
     #[inline]
     fn publish(&mut self, memory: &RegionTable) -> u32 {
         if let Some(run) = self.run.take() {
-            element(&self.ring.elements.cells(), run.place, run.id, run.len);
+            element(&self.ring.elements.cells(), run.place.into(), run.id, run.len);
         }
         let count = self.used.wrapping_sub(self.published);
         if count != 0 {
