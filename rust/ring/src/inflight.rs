@@ -233,29 +233,33 @@ impl InFlight {
         if self.held_count != 0 {
             return None;
         }
-        let size = self.entries.len();
-        let (entries, heads) = (&mut self.entries[..], &self.heads[..]);
-        let (mut place, mut slots, mut done, mut last) = (self.oldest, 0, 0, 0);
-        let mut whole = true;
-        for c in completions.all() {
-            let turn = if HEADS { heads[place] } else { place as u16 };
+        let (size, first) = (self.entries.len(), self.oldest);
+        let (mut slots, mut last, mut done) = (0, 0, 0);
+        let entries = &mut self.entries[..];
+        let mut take = |c: Completion, turn: u16| {
             // A second one of its kind is not found: the first is out of the table.
             let flight = &mut entries[usize::from(turn)];
             if c.head != turn || flight.serial != c.serial || c.serial == 0 || c.len != flight.writable {
-                whole = false;
-                break;
+                return false;
             }
             flight.serial = 0;
             slots += u32::from(flight.slots);
             last = turn;
-            place = after(place, size);
             done += 1;
-        }
+            true
+        };
+        // Up to the end of the table, and on from its start.
+        let (near, far) = (completions.all().take(size - first), completions.all().skip(size - first));
+        let whole = if HEADS {
+            near.zip(&self.heads[first..]).all(|(c, &turn)| take(c, turn)) && far.zip(&self.heads[..]).all(|(c, &turn)| take(c, turn))
+        } else {
+            near.zip(first..).all(|(c, turn)| take(c, turn as u16)) && far.zip(0..size).all(|(c, turn)| take(c, turn as u16))
+        };
         if !whole || done == 0 {
             self.put_back(completions, done);
             return None;
         }
-        self.oldest = place;
+        self.oldest = if first + done < size { first + done } else { first + done - size };
         self.done_slots += slots;
         self.chains -= done as u16;
         if let Some(told) = &mut self.told {

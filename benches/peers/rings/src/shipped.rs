@@ -90,9 +90,11 @@ impl<R: DeviceRing> Device for ShippedDevice<R> {
         if count == 0 {
             return 0;
         }
+        let mut sum = self.sum;
         for (_, segments) in self.batch.iter() {
-            self.sum = self.sum.wrapping_add(segments[0].address).wrapping_add(segments[0].len.into());
+            sum = sum.wrapping_add(segments[0].address).wrapping_add(segments[0].len.into());
         }
+        self.sum = sum;
         self.queue.complete_batch(Unwritten(&self.batch)).unwrap();
         self.queue.publish();
         count

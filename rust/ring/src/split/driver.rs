@@ -10,6 +10,14 @@ use crate::outstanding::{Entry, Outstanding, Published, clamp};
 use crate::ring::{Buffer, DriverRing, Form, Snapshot, Used};
 use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, USED_F_NO_NOTIFY};
 use virtio_memory::{FencePoint, full_fence};
+#[cfg(not(loom))]
+use virtio_memory::{U16RingCells, U32RingCells, U64RingCells};
+#[cfg(loom)]
+type U16RingCells<'a> = &'a virtio_memory::U16Ring;
+#[cfg(loom)]
+type U32RingCells<'a> = &'a virtio_memory::U32Ring;
+#[cfg(loom)]
+type U64RingCells<'a> = &'a virtio_memory::U64Ring;
 
 /// Adds to the available ring, takes from the used ring.
 #[derive(Debug)]
@@ -31,6 +39,9 @@ pub struct SplitDriver {
     since: u32,
     last_used: u16,
     seen_used: u16,
+    /// In-order: the newest `even` chains, at most `size`, have heads that lie `shift` after their positions.
+    shift: u16,
+    even: u16,
     /// In-order: chains still to come from the element that was read last, and its length.
     run: u16,
     run_len: u32,
@@ -53,6 +64,8 @@ impl SplitDriver {
             since: 0,
             last_used: 0,
             seen_used: 0,
+            shift: 0,
+            even: 0,
             run: 0,
             run_len: 0,
             ring,
@@ -84,12 +97,37 @@ impl SplitDriver {
         self.ids.set(head, Entry { token, writable, slots, position: self.next });
         if !self.features.in_order {
             self.ring.heads.cells().store(place, head);
-        } else if self.order[place] != head {
-            // In order the same heads come round again: a store would only dirty the line.
-            self.order[place] = head;
-            self.ring.heads.cells().store(place, head);
+        } else {
+            self.keep_even(head, 1);
+            if self.order[place] != head {
+                // In order the same heads come round again: a store would only dirty the line.
+                self.order[place] = head;
+                self.ring.heads.cells().store(place, head);
+            }
         }
         self.next = self.next.wrapping_add(1);
+    }
+
+    /// In-order: `count` chains of one descriptor (or the first of them alone) from `head` on come next. Tells whether the available ring
+    /// holds their heads already.
+    #[inline(always)]
+    fn keep_even(&mut self, head: u16, count: u16) -> bool {
+        let shift = head.wrapping_sub(self.next) & self.ring.mask();
+        let even = if shift == self.shift { self.even } else { 0 };
+        (self.shift, self.even) = (shift, (u32::from(even) + u32::from(count)).min(self.ring.size.into()) as u16);
+        even == self.ring.size
+    }
+
+    /// In-order: the heads of a batch of `count` buffers, where they are not there from the last time round.
+    #[cold]
+    fn show_in_order(&mut self, count: usize) {
+        let mask = self.ring.mask();
+        for k in 0..count as u16 {
+            let (place, id) = (self.next.wrapping_add(k) & mask, (self.next_desc + k) & mask);
+            if std::mem::replace(&mut self.order[usize::from(place)], id) != id {
+                self.ring.heads.cells().store(place.into(), id);
+            }
+        }
     }
 
     fn published(&self) -> Published {
@@ -123,35 +161,40 @@ impl SplitDriver {
     fn pop_free_order(&mut self, out: &mut [Used], clamped: &mut u64) -> Result<usize, RingError> {
         let n = usize::from(self.ready(out.len())?).min(out.len());
         let published = self.published();
-        let all = published.unpublished == 0;
-        let elements = self.ring.elements.cells();
-        let Outstanding { entries, stack, free, .. } = &mut self.ids;
-        let (entries, stack, links) = (&mut entries[..], &mut stack[..], &self.links[..]);
-        let (mut last, mut top, mut popped, mut refused) = (self.last_used, *free, 0, None);
-        for used in &mut out[..n] {
-            let [id, len] = elements.load_pair(last.into());
-            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots != 0 && (all || published.contains(e.position))) else {
-                refused = Some(id);
+        let (mut popped, mut result) = (0, Ok(()));
+        while popped < n {
+            let (at, out) = (self.last_used.wrapping_add(popped as u16), &mut out[popped..n]);
+            let Outstanding { entries, stack, free, .. } = &mut self.ids;
+            let mut short = Short { elements: self.ring.elements.cells(), entries, stack: &mut stack[*free..], clamped };
+            // With nothing that was only added, whatever is outstanding was published.
+            let (more, end) = match published.unpublished {
+                0 => short.pop(at, out, |_| true),
+                _ => short.pop(at, out, |position| published.contains(position)),
+            };
+            (popped, *free) = (popped + more, *free + more);
+            self.free += more as u16;
+            let Some((id, len)) = end else { break };
+            // A chain of several descriptors, or none that is out.
+            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots != 0 && published.contains(e.position)) else {
+                result = Err(id);
                 break;
             };
-            *used = Used { token: entry.token, len: clamp(len, entry.writable, clamped) };
-            stack[top] = id as u16;
-            top += 1;
-            let mut id = id as u16;
-            for _ in 1..std::mem::take(&mut entry.slots) {
-                id = links[usize::from(id)];
-                stack[top] = id;
-                top += 1;
+            out[more] = Used { token: entry.token, len: clamp(len, entry.writable, clamped) };
+            let (mut id, slots) = (id as u16, std::mem::take(&mut entry.slots));
+            for left in (0..slots).rev() {
+                stack[*free] = id;
+                *free += 1;
+                if left > 0 {
+                    id = self.links[usize::from(id)];
+                }
             }
-            last = last.wrapping_add(1);
+            self.free += slots;
             popped += 1;
         }
-        self.free += (top - *free) as u16;
-        *free = top;
         self.ids.chains -= popped as u16;
-        self.last_used = last;
-        match refused {
-            Some(id) if popped == 0 => Err(self.refused(id)),
+        self.last_used = self.last_used.wrapping_add(popped as u16);
+        match result {
+            Err(id) if popped == 0 => Err(self.refused(id)),
             _ => Ok(popped),
         }
     }
@@ -182,16 +225,19 @@ impl SplitDriver {
                 return if popped > 0 { Ok(popped) } else { Err(error) };
             }
             let m = usize::from(self.run).min(n - popped);
-            let (mut last, mut freed) = (self.last_used, 0);
-            for used in &mut out[popped..popped + m] {
-                let head = self.order[usize::from(last & mask)];
-                let entry = &mut self.ids.entries[usize::from(head)];
-                // Every chain of a run but the last has no writable part or was filled.
-                *used = Used { token: entry.token, len: entry.writable };
-                freed += std::mem::take(&mut entry.slots);
-                last = last.wrapping_add(1);
+            let (part, entries) = (&mut out[popped..popped + m], &mut self.ids.entries[..]);
+            let mut freed = 0;
+            if self.even >= self.ids.chains {
+                let first = usize::from(self.last_used.wrapping_add(self.shift) & mask);
+                let (near, far) = part.split_at_mut(m.min(entries.len() - first));
+                freed += take_back(near, &mut entries[first..]) + take_back(far, entries);
+            } else {
+                for (k, used) in part.iter_mut().enumerate() {
+                    let head = self.order[usize::from(self.last_used.wrapping_add(k as u16) & mask)];
+                    freed += take_back(std::slice::from_mut(used), &mut entries[usize::from(head)..]);
+                }
             }
-            self.last_used = last;
+            self.last_used = self.last_used.wrapping_add(m as u16);
             self.free += freed;
             self.ids.chains -= m as u16;
             popped += m;
@@ -203,6 +249,109 @@ impl SplitDriver {
         }
         Ok(popped)
     }
+}
+
+/// In order: takes back the chains of these entries, as many as `out` holds; gives the descriptors that are free now.
+#[inline(always)]
+fn take_back(out: &mut [Used], entries: &mut [Entry]) -> u16 {
+    let mut freed = 0;
+    for (used, entry) in out.iter_mut().zip(entries) {
+        // Every chain of a run but the last has no writable part or was filled.
+        *used = Used { token: entry.token, len: entry.writable };
+        freed += std::mem::take(&mut entry.slots);
+    }
+    freed
+}
+
+/// What the loop over the usual used chains needs, and no more: it has few registers.
+struct Short<'a, 'b> {
+    elements: U32RingCells<'a>,
+    entries: &'a mut [Entry],
+    /// Where free ids go.
+    stack: &'a mut [u16],
+    clamped: &'b mut u64,
+}
+
+impl Short<'_, '_> {
+    /// Takes back chains of one descriptor until `out` is full; tells how many, and the element at which it stopped before.
+    #[inline(never)]
+    fn pop(&mut self, at: u16, out: &mut [Used], published: impl Fn(u16) -> bool) -> (usize, Option<(u32, u32)>) {
+        let (elements, entries, at) = (self.elements, &mut self.entries[..], usize::from(at));
+        let mut popped = 0;
+        for (used, place) in out.iter_mut().zip(&mut *self.stack) {
+            let [id, len] = elements.load_pair(at + popped);
+            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots == 1 && published(e.position)) else {
+                return (popped, Some((id, len)));
+            };
+            *used = Used { token: entry.token, len: clamp(len, entry.writable, self.clamped) };
+            entry.slots = 0;
+            *place = id as u16;
+            popped += 1;
+        }
+        (popped, None)
+    }
+}
+
+/// What the loops that write a batch need, and no more.
+struct Batch<'a> {
+    desc: U64RingCells<'a>,
+    heads: U16RingCells<'a>,
+    entries: &'a mut [Entry],
+}
+
+/// One buffer with descriptor `id`.
+#[inline(always)]
+fn put(desc: U64RingCells, entry: &mut Entry, buffer: &Buffer, id: usize, position: u16) {
+    let writable = buffer.direction.writable(buffer.len);
+    *entry = Entry { token: buffer.token, writable, slots: 1, position };
+    desc.store_pair(id, [buffer.address, rest(buffer.len, write_flag(buffer.direction), 0)]);
+}
+
+impl Batch<'_> {
+    /// With the ids on top of the stack, which has so many. Of a batch with an empty buffer nothing is left but words that nobody was shown;
+    /// gives that buffer's place.
+    #[inline(never)]
+    fn put_free_order(self, buffers: &[Buffer], stack: &[u16], position: u16) -> Result<(), usize> {
+        let (desc, heads, entries, mut left) = (self.desc, self.heads, self.entries, stack);
+        for (written, buffer) in buffers.iter().enumerate() {
+            let Some((&id, rest)) = left.split_last() else { break };
+            if buffer.len == 0 {
+                stack[left.len()..].iter().for_each(|&id| entries[usize::from(id)].slots = 0);
+                return Err(written);
+            }
+            left = rest;
+            let place = usize::from(position) + written;
+            put(desc, &mut entries[usize::from(id)], buffer, id.into(), place as u16);
+            heads.store(place, id);
+        }
+        Ok(())
+    }
+
+    /// With the descriptors from `first` on, round the ring; the available ring is not written. Otherwise as in free order.
+    #[inline(never)]
+    fn put_in_order(self, buffers: &[Buffer], first: u16, position: u16) -> Result<(), usize> {
+        let (desc, entries, first) = (self.desc, self.entries, usize::from(first));
+        let (near, far) = buffers.split_at(buffers.len().min(entries.len() - first));
+        let end = position.wrapping_add(near.len() as u16);
+        let written = put_run(desc, &mut entries[first..], near, first, position);
+        let written = written.and_then(|()| put_run(desc, entries, far, 0, end).map_err(|index| near.len() + index));
+        if let Err(index) = written {
+            (0..index).for_each(|k| entries[(first + k) & (entries.len() - 1)].slots = 0);
+        }
+        written
+    }
+}
+
+/// Buffers with the descriptors from `id` on, whose entries these are.
+#[inline(always)]
+fn put_run(desc: U64RingCells, entries: &mut [Entry], buffers: &[Buffer], id: usize, position: u16) -> Result<(), usize> {
+    for (k, (buffer, entry)) in buffers.iter().zip(entries).enumerate() {
+        if buffer.len == 0 {
+            return Err(k);
+        }
+        put(desc, entry, buffer, id + k, position.wrapping_add(k as u16));
+    }
+    Ok(())
 }
 
 impl DriverRing for SplitDriver {
@@ -256,47 +405,31 @@ impl DriverRing for SplitDriver {
 
     #[inline]
     fn add_batch(&mut self, buffers: &[Buffer]) -> Result<usize, RingError> {
-        if let Some(index) = buffers.iter().position(|b| b.len == 0) {
+        let n = buffers.len().min(usize::from(self.free));
+        let (fit, left) = buffers.split_at(n);
+        if left.iter().any(|b| b.len == 0) {
+            return Err(RingError::EmptySegment { index: buffers.iter().position(|b| b.len == 0).unwrap_or(n) });
+        }
+        let batch = Batch { desc: self.ring.desc.cells(), heads: self.ring.heads.cells(), entries: &mut self.ids.entries };
+        let written = if self.features.in_order {
+            batch.put_in_order(fit, self.next_desc, self.next)
+        } else {
+            batch.put_free_order(fit, &self.ids.stack[..self.ids.free], self.next)
+        };
+        if let Err(index) = written {
             return Err(RingError::EmptySegment { index });
         }
-        let n = buffers.len().min(usize::from(self.free));
-        let (mask, next) = (self.ring.mask(), self.next);
-        let (desc, heads) = (self.ring.desc.cells(), self.ring.heads.cells());
-        let (entries, order) = (&mut self.ids.entries[..], &mut self.order[..]);
-        let mut put = |buffer: &Buffer, id: u16, position: u16| {
-            desc.store_pair(usize::from(id), [buffer.address, rest(buffer.len, write_flag(buffer.direction), 0)]);
-            let writable = buffer.direction.writable(buffer.len);
-            entries[usize::from(id)] = Entry { token: buffer.token, writable, slots: 1, position };
-        };
-        let mut position = next;
         if self.features.in_order {
-            let mut id = self.next_desc;
-            for buffer in &buffers[..n] {
-                put(buffer, id, position);
-                let place = &mut order[usize::from(position & mask)];
-                if *place != id {
-                    *place = id;
-                    heads.store(position.into(), id);
-                }
-                id = (id + 1) & mask;
-                position = position.wrapping_add(1);
+            if !self.keep_even(self.next_desc, n as u16) {
+                self.show_in_order(n);
             }
-        } else {
-            let top = self.ids.free;
-            for (buffer, &id) in buffers.iter().zip(self.ids.stack[top - n..top].iter().rev()) {
-                put(buffer, id, position);
-                heads.store(position.into(), id);
-                position = position.wrapping_add(1);
-            }
-        }
-        if self.features.in_order {
-            self.next_desc = (self.next_desc + n as u16) & mask;
+            self.next_desc = (self.next_desc + n as u16) & self.ring.mask();
         } else {
             self.ids.free -= n;
         }
         self.free -= n as u16;
         self.ids.chains += n as u16;
-        self.next = next.wrapping_add(n as u16);
+        self.next = self.next.wrapping_add(n as u16);
         Ok(n)
     }
 
