@@ -180,6 +180,29 @@ impl Burst {
         Ok(count)
     }
 
+    /// As [`Burst::validate`], where every row is a packet of its own: true if they all are, and legal. Otherwise nothing is known of them.
+    #[inline]
+    pub fn check_short(&self, state: &mut PoolState) -> bool {
+        let (count, slot_size, owner) = (self.count(), self.pool.slot_size() as u64, self.owner);
+        let stamp = state.begin();
+        let (_, entries) = state.parts();
+        // Slices first: a relaxed load makes the compiler forget what it read through `self`.
+        let (slots, offsets) = (&self.slots[..count], &self.offsets[..count]);
+        let (lengths, more) = (&self.lengths[..count], &self.more[..count]);
+        for row in 0..count {
+            let (slot, offset) = (slots[row].load(Relaxed) as u64, offsets[row].load(Relaxed) as u64);
+            let (length, more) = (lengths[row].load(Relaxed) as u64, more[row].load(Relaxed));
+            // Negative numbers are large ones.
+            let Some(entry) = entries.get_mut(slot as usize) else { return false };
+            let room = slot_size.wrapping_sub(offset);
+            if entry.owner != owner || entry.stamp == stamp || offset >= slot_size || length.wrapping_sub(1) >= room || more != 0 {
+                return false;
+            }
+            entry.stamp = stamp;
+        }
+        true
+    }
+
     /// Which rule a row breaks that breaks one.
     #[cold]
     fn explain(&self, row: usize, raw: RawRow, met: Option<(Owner, bool)>) -> RowError {

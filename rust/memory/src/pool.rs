@@ -29,7 +29,7 @@ pub type Lender = u16;
 pub(crate) struct Slot {
     pub(crate) owner: Owner,
     /// The last validation that met this slot.
-    stamp: u32,
+    pub(crate) stamp: u32,
     lender: Lender,
 }
 
@@ -255,12 +255,13 @@ impl PoolState {
 
     /// Begins a validation: slots met before count as not met.
     #[inline]
-    pub(crate) fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) -> u32 {
         self.stamp = self.stamp.wrapping_add(1);
         if self.stamp == 0 {
             self.slots.iter_mut().for_each(|slot| slot.stamp = 0);
             self.stamp = 1;
         }
+        self.stamp
     }
 
     /// The owner of a slot that exists, and whether this validation met it before.

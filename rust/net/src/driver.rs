@@ -138,6 +138,10 @@ impl DriverBursts {
         let Some(held) = &mut self.held else { return Ok(0) };
         if queue.free() == 0 {
             // Nothing will fit: the rows are checked, and stay as they are.
+            if burst.check_short(state) {
+                burst.set_unsent(burst.count() as u32);
+                return Ok(0);
+            }
             burst.validate(state, &mut self.rows)?;
             check_packets(&self.rows, queue.size())?;
             burst.set_unsent(self.rows.iter().filter(|row| !row.more).count() as u32);

@@ -1,7 +1,7 @@
 //! The driver's side of the split ring.
 
 use super::{FLAGS, IDX, SplitRing, rest};
-use crate::chain::{Segment, check_buffer};
+use crate::chain::{Direction, Segment, check_buffer};
 use crate::error::RingError;
 use crate::event;
 use crate::indirect::{IndirectTables, write_flag};
@@ -299,59 +299,66 @@ struct Batch<'a> {
     entries: &'a mut [Entry],
 }
 
-/// One buffer with descriptor `id`.
+/// One buffer of this direction with descriptor `id`; false if it is of the other, or empty, and then nothing was written.
 #[inline(always)]
-fn put(desc: U64RingCells, entry: &mut Entry, buffer: &Buffer, id: usize, position: u16) {
-    let writable = buffer.direction.writable(buffer.len);
+fn put<const WRITABLE: bool>(desc: U64RingCells, entry: &mut Entry, buffer: &Buffer, id: usize, position: u16) -> bool {
+    let (direction, writable) = if WRITABLE { (Direction::Writable, buffer.len) } else { (Direction::Readable, 0) };
+    if buffer.len == 0 || buffer.direction != direction {
+        return false;
+    }
     *entry = Entry { token: buffer.token, writable, slots: 1, position };
-    desc.store_pair(id, [buffer.address, rest(buffer.len, write_flag(buffer.direction), 0)]);
+    desc.store_pair(id, [buffer.address, rest(buffer.len, write_flag(direction), 0)]);
+    true
 }
 
 impl Batch<'_> {
-    /// With the ids on top of the stack, which has so many. Of a batch with an empty buffer nothing is left but words that nobody was shown;
-    /// gives that buffer's place.
+    /// Buffers of one direction, up to the first that is of the other or empty, with the ids on top of the stack, which has enough; how many.
     #[inline(never)]
-    fn put_free_order(self, buffers: &[Buffer], stack: &[u16], position: u16) -> Result<(), usize> {
-        let (desc, heads, entries, mut left) = (self.desc, self.heads, self.entries, stack);
+    fn put_free_order<const WRITABLE: bool>(&mut self, buffers: &[Buffer], stack: &[u16], position: u16) -> usize {
+        let (desc, heads, entries, mut left) = (self.desc, self.heads, &mut self.entries[..], stack);
         for (written, buffer) in buffers.iter().enumerate() {
-            let Some((&id, rest)) = left.split_last() else { break };
-            if buffer.len == 0 {
-                stack[left.len()..].iter().for_each(|&id| entries[usize::from(id)].slots = 0);
-                return Err(written);
+            let Some((&id, rest)) = left.split_last() else { return written };
+            let place = usize::from(position) + written;
+            if !put::<WRITABLE>(desc, &mut entries[usize::from(id)], buffer, id.into(), place as u16) {
+                return written;
             }
             left = rest;
-            let place = usize::from(position) + written;
-            put(desc, &mut entries[usize::from(id)], buffer, id.into(), place as u16);
             heads.store(place, id);
         }
-        Ok(())
+        buffers.len()
     }
 
-    /// With the descriptors from `first` on, round the ring; the available ring is not written. Otherwise as in free order.
+    /// The same with the descriptors from `first` on, round the ring; the available ring is not written.
     #[inline(never)]
-    fn put_in_order(self, buffers: &[Buffer], first: u16, position: u16) -> Result<(), usize> {
-        let (desc, entries, first) = (self.desc, self.entries, usize::from(first));
-        let (near, far) = buffers.split_at(buffers.len().min(entries.len() - first));
-        let end = position.wrapping_add(near.len() as u16);
-        let written = put_run(desc, &mut entries[first..], near, first, position);
-        let written = written.and_then(|()| put_run(desc, entries, far, 0, end).map_err(|index| near.len() + index));
-        if let Err(index) = written {
-            (0..index).for_each(|k| entries[(first + k) & (entries.len() - 1)].slots = 0);
+    fn put_in_order<const WRITABLE: bool>(&mut self, buffers: &[Buffer], first: u16, position: u16) -> usize {
+        let first = usize::from(first);
+        let (near, far) = buffers.split_at(buffers.len().min(self.entries.len() - first));
+        let written = put_run::<WRITABLE>(self.desc, &mut self.entries[first..], near, first, position);
+        if written < near.len() {
+            return written;
         }
-        written
+        written + put_run::<WRITABLE>(self.desc, self.entries, far, 0, position.wrapping_add(written as u16))
+    }
+
+    /// Forgets the first `count` buffers of a batch: they came with the descriptors from `first` on, or with those on top of the stack.
+    #[cold]
+    fn take_out(&mut self, count: usize, first: u16, stack: Option<&[u16]>) {
+        for k in 0..count {
+            let id = stack.map_or((usize::from(first) + k) & (self.entries.len() - 1), |stack| stack[stack.len() - 1 - k].into());
+            self.entries[id].slots = 0;
+        }
     }
 }
 
-/// Buffers with the descriptors from `id` on, whose entries these are.
+/// As [`put`], with the descriptors from `id` on, whose entries these are; how many.
 #[inline(always)]
-fn put_run(desc: U64RingCells, entries: &mut [Entry], buffers: &[Buffer], id: usize, position: u16) -> Result<(), usize> {
+fn put_run<const WRITABLE: bool>(desc: U64RingCells, entries: &mut [Entry], buffers: &[Buffer], id: usize, position: u16) -> usize {
     for (k, (buffer, entry)) in buffers.iter().zip(entries).enumerate() {
-        if buffer.len == 0 {
-            return Err(k);
+        if !put::<WRITABLE>(desc, entry, buffer, id + k, position.wrapping_add(k as u16)) {
+            return k;
         }
-        put(desc, entry, buffer, id + k, position.wrapping_add(k as u16));
     }
-    Ok(())
+    buffers.len()
 }
 
 impl DriverRing for SplitDriver {
@@ -410,14 +417,22 @@ impl DriverRing for SplitDriver {
         if left.iter().any(|b| b.len == 0) {
             return Err(RingError::EmptySegment { index: buffers.iter().position(|b| b.len == 0).unwrap_or(n) });
         }
-        let batch = Batch { desc: self.ring.desc.cells(), heads: self.ring.heads.cells(), entries: &mut self.ids.entries };
-        let written = if self.features.in_order {
-            batch.put_in_order(fit, self.next_desc, self.next)
-        } else {
-            batch.put_free_order(fit, &self.ids.stack[..self.ids.free], self.next)
-        };
-        if let Err(index) = written {
-            return Err(RingError::EmptySegment { index });
+        let mut batch = Batch { desc: self.ring.desc.cells(), heads: self.ring.heads.cells(), entries: &mut self.ids.entries };
+        let (mut written, stack, in_order) = (0, &self.ids.stack[..self.ids.free], self.features.in_order);
+        while written < n {
+            let (rest, top) = (&fit[written..], &stack[..stack.len() - if in_order { 0 } else { written }]);
+            let (id, position) = ((self.next_desc + written as u16) & (self.ring.size - 1), self.next.wrapping_add(written as u16));
+            let more = match (in_order, rest[0].direction) {
+                (false, Direction::Readable) => batch.put_free_order::<false>(rest, top, position),
+                (false, Direction::Writable) => batch.put_free_order::<true>(rest, top, position),
+                (true, Direction::Readable) => batch.put_in_order::<false>(rest, id, position),
+                (true, Direction::Writable) => batch.put_in_order::<true>(rest, id, position),
+            };
+            if more == 0 {
+                batch.take_out(written, self.next_desc, (!in_order).then_some(stack));
+                return Err(RingError::EmptySegment { index: written });
+            }
+            written += more;
         }
         if self.features.in_order {
             if !self.keep_even(self.next_desc, n as u16) {
