@@ -11,6 +11,9 @@ pub struct ChainBatch {
     count: usize,
     segments: Box<[Segment]>,
     segments_used: usize,
+    /// Each chain, in or not, says that its segment is the one of its own place. So it is but for chains of more segments or of none, and
+    /// those after them: then the places must be written.
+    even: bool,
 }
 
 impl ChainBatch {
@@ -18,12 +21,22 @@ impl ChainBatch {
     pub fn new(capacity: usize, chain_limit: u16) -> Self {
         let capacity = capacity.max(1);
         ChainBatch {
-            chains: vec![Chain::default(); capacity].into(),
+            chains: (0..capacity as u32).map(|first| Chain { first, segments: 1, ..Chain::default() }).collect(),
             limit: capacity,
             count: 0,
             segments: vec![Segment::default(); capacity + usize::from(chain_limit)].into(),
             segments_used: 0,
+            even: true,
         }
+    }
+
+    /// Makes every place say so again.
+    #[cold]
+    fn even_out(&mut self) {
+        for (chain, first) in self.chains.iter_mut().zip(0..) {
+            (chain.first, chain.segments) = (first, 1);
+        }
+        self.even = true;
     }
 
     /// How many chains fit.
@@ -43,6 +56,9 @@ impl ChainBatch {
         self.limit = most.min(self.chains.len());
         self.count = 0;
         self.segments_used = 0;
+        if !self.even {
+            self.even_out();
+        }
     }
 
     /// The chains that are in.
@@ -107,25 +123,37 @@ impl ChainBatch {
         (&mut self.segments[used..], used as u32)
     }
 
-    /// Room for chains of one segment, at most `most`, such that a chain of `limit` segments still fits behind all but the last; and how
-    /// many segments there are before it. Two slices of one length.
+    /// Room for chains of one segment, at most `most`, such that a chain of `limit` segments still fits behind all but the last. Two slices of
+    /// one length. What is written there is in with [`ChainBatch::grow`], which also says where the chains' segments are.
     #[inline(always)]
-    pub(crate) fn short_room(&mut self, limit: u16, most: usize) -> (&mut [Chain], &mut [Segment], u32) {
+    pub(crate) fn short_room(&mut self, limit: u16, most: usize) -> (&mut [Chain], &mut [Segment]) {
         let behind = (self.segments.len() - self.segments_used + 1).saturating_sub(usize::from(limit));
         let n = (self.limit - self.count).min(behind).min(most);
-        (&mut self.chains[self.count..][..n], &mut self.segments[self.segments_used..][..n], self.segments_used as u32)
+        (&mut self.chains[self.count..][..n], &mut self.segments[self.segments_used..][..n])
     }
 
     /// So many chains of one segment were written to that room.
     #[inline(always)]
     pub(crate) fn grow(&mut self, count: usize) {
+        if !self.even {
+            self.place(count);
+        }
         self.count += count;
         self.segments_used += count;
+    }
+
+    /// Says of the next chains that each has one segment, and which.
+    #[cold]
+    fn place(&mut self, count: usize) {
+        for (chain, first) in self.chains[self.count..][..count].iter_mut().zip(self.segments_used as u32..) {
+            (chain.first, chain.segments) = (first, 1);
+        }
     }
 
     /// A chain whose segments were written to the tail.
     pub(crate) fn push(&mut self, chain: Chain) {
         self.chains[self.count] = chain;
+        self.even &= chain.first as usize == self.count && chain.segments == 1;
         self.segments_used += usize::from(chain.segments);
         self.count += 1;
     }

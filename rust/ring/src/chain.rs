@@ -44,6 +44,17 @@ impl Segment {
     }
 }
 
+impl Segment {
+    /// Writes all of it; the direction only if it is another one than stood there, since it seldom is.
+    #[inline(always)]
+    pub(crate) fn set(&mut self, address: u64, len: u32, direction: Direction) {
+        (self.address, self.len) = (address, len);
+        if self.direction != direction {
+            self.direction = direction;
+        }
+    }
+}
+
 /// A chain that the device side popped; its segments lie in the batch it was popped into.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Chain {

@@ -4,25 +4,68 @@ use crate::error::RingError;
 use crate::ring::{Completion, Completions};
 use crate::spec::MAX_SIZE;
 
-/// A chain in flight. Fields that are constants of the usual chain stand side by side, so that they take few stores.
+/// A chain in flight. Two words, since stores are what a ring's loops are made of.
 #[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
 pub(crate) struct Flight {
-    /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
-    pub serial: u32,
-    /// Ring descriptors that it takes.
-    pub slots: u16,
-    /// Packed: the buffer id, only ever echoed.
-    pub id: u16,
-    /// How many serials lie between this one and that of the chain that was popped before it: some only behind chains that were handed back.
-    pub gap: u32,
-    pub writable: u32,
+    /// Serial, slots and id, from the low end.
+    name: u64,
+    /// Writable bytes, and above them how many serials lie between this one and that of the chain that was popped before it: some only behind
+    /// chains that were handed back.
+    bytes: u64,
 }
 
+const SERIAL: u64 = 0xffff_ffff;
+
 impl Flight {
+    #[inline(always)]
+    fn name(serial: u32, slots: u16, id: u16) -> u64 {
+        u64::from(serial) | u64::from(slots) << 32 | u64::from(id) << 48
+    }
+
+    /// A chain of one slot that follows the one with the serial before. What stands there already from the last time is not written again.
+    #[inline(always)]
+    pub(crate) fn set_short(&mut self, serial: u32, id: u16, writable: u32) {
+        self.name = Self::name(serial, 1, id);
+        if writable != 0 || self.bytes != 0 {
+            self.bytes = writable.into();
+        }
+    }
+
+    pub(crate) fn set_gap(&mut self, gap: u32) {
+        self.bytes = u64::from(self.writable()) | u64::from(gap) << 32;
+    }
+
+    /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
+    #[inline(always)]
+    pub(crate) fn serial(&self) -> u32 {
+        self.name as u32
+    }
+
+    #[inline(always)]
+    pub(crate) fn set_serial(&mut self, serial: u32) {
+        self.name = self.name & !SERIAL | u64::from(serial);
+    }
+
+    /// Ring descriptors that it takes.
+    #[inline(always)]
+    pub(crate) fn slots(&self) -> u16 {
+        (self.name >> 32) as u16
+    }
+
+    /// Packed: the buffer id, only ever echoed.
+    #[inline(always)]
+    pub(crate) fn id(&self) -> u16 {
+        (self.name >> 48) as u16
+    }
+
+    #[inline(always)]
+    pub(crate) fn writable(&self) -> u32 {
+        self.bytes as u32
+    }
+
     /// The serial of the chain that was popped before it.
     fn previous(&self) -> u32 {
-        self.serial.wrapping_sub(1).wrapping_sub(self.gap)
+        self.serial().wrapping_sub(1).wrapping_sub((self.bytes >> 32) as u32)
     }
 }
 
@@ -122,7 +165,7 @@ impl InFlight {
 
     /// Packed: the next place that is free. Room for the chain's slots was checked, so there is one.
     pub(crate) fn free_place(entries: &[Flight], mut place: usize) -> usize {
-        while entries[place].serial != 0 {
+        while entries[place].serial() != 0 {
             place = after(place, entries.len());
         }
         place
@@ -138,7 +181,8 @@ impl InFlight {
     pub(crate) fn start(&mut self, head: u16, id: u16, slots: u16, writable: u32) -> u32 {
         self.serial = count_from(self.serial) + 1;
         let gap = self.serial.wrapping_sub(1).wrapping_sub(std::mem::replace(&mut self.last, self.serial));
-        self.entries[usize::from(head)] = Flight { serial: self.serial, slots, id, gap, writable };
+        self.entries[usize::from(head)] =
+            Flight { name: Flight::name(self.serial, slots, id), bytes: u64::from(writable) | u64::from(gap) << 32 };
         if let Some(place) = self.heads.get_mut(self.newest) {
             *place = head;
         }
@@ -152,9 +196,9 @@ impl InFlight {
     pub(crate) fn check(&self, completion: &Completion) -> Result<(), RingError> {
         let head = usize::from(completion.head);
         match self.entries.get(head) {
-            Some(f) if f.serial == completion.serial && completion.serial != 0 && !self.held[head].done => {
-                if completion.len > f.writable {
-                    return Err(RingError::UsedTooLong { len: completion.len, writable: f.writable });
+            Some(f) if f.serial() == completion.serial && completion.serial != 0 && !self.held[head].done => {
+                if completion.len > f.writable() {
+                    return Err(RingError::UsedTooLong { len: completion.len, writable: f.writable() });
                 }
                 Ok(())
             }
@@ -170,7 +214,7 @@ impl InFlight {
         for completion in completions.all() {
             // Out of the table for the length of this check: a second one of its kind is not found.
             match find(&mut self.entries, completion.head, completion.serial, completion.len) {
-                Some(flight) => flight.serial = 0,
+                Some(flight) => flight.set_serial(0),
                 None => {
                     result = Err(self.refuse(completion.head, completion.serial, completion.len));
                     break;
@@ -186,7 +230,7 @@ impl InFlight {
     #[inline(always)]
     fn put_back<C: Completions>(&mut self, completions: C, count: usize) {
         for undo in completions.all().take(count) {
-            self.entries[usize::from(undo.head)].serial = undo.serial;
+            self.entries[usize::from(undo.head)].set_serial(undo.serial);
         }
     }
 
@@ -212,8 +256,8 @@ impl InFlight {
                 self.put_back(completions, done);
                 return Err(error);
             };
-            flight.serial = 0;
-            slots += u32::from(flight.slots);
+            flight.set_serial(0);
+            slots += u32::from(flight.slots());
             each(completion.head, flight, completion.len);
             done += 1;
         }
@@ -239,11 +283,11 @@ impl InFlight {
         let mut take = |c: Completion, turn: u16| {
             // A second one of its kind is not found: the first is out of the table.
             let flight = &mut entries[usize::from(turn)];
-            if c.head != turn || flight.serial != c.serial || c.serial == 0 || c.len != flight.writable {
+            if c.head != turn || flight.serial() != c.serial || c.serial == 0 || c.len != flight.writable() {
                 return false;
             }
-            flight.serial = 0;
-            slots += u32::from(flight.slots);
+            flight.set_serial(0);
+            slots += u32::from(flight.slots());
             last = turn;
             done += 1;
             true
@@ -266,7 +310,7 @@ impl InFlight {
             told.extend(completions.all().map(|c| c.head));
         }
         let flight = self.entries[usize::from(last)];
-        Some((last, flight, flight.writable, slots, done as u32))
+        Some((last, flight, flight.writable(), slots, done as u32))
     }
 
     /// In order: takes chains out of the table from the oldest on, telling `each` (name, flight, length). Those that are done before their turn
@@ -287,15 +331,15 @@ impl InFlight {
                 let turn = self.name(place);
                 place = after(place, size);
                 let flight = &self.entries[usize::from(turn)];
-                c.head == turn && flight.serial == c.serial && c.serial != 0 && c.len <= flight.writable
+                c.head == turn && flight.serial() == c.serial && c.serial != 0 && c.len <= flight.writable()
             });
         if in_turn {
             let (mut slots, mut done) = (0, 0);
             let entries = &mut self.entries[..];
             for c in completions.all() {
                 let flight = &mut entries[usize::from(c.head)];
-                flight.serial = 0;
-                slots += u32::from(flight.slots);
+                flight.set_serial(0);
+                slots += u32::from(flight.slots());
                 each(c.head, flight, c.len);
                 done += 1;
             }
@@ -338,9 +382,9 @@ impl InFlight {
             held.done = false;
             self.held_count -= 1;
             let flight = &mut self.entries[usize::from(head)];
-            flight.serial = 0;
+            flight.set_serial(0);
             each(head, flight, held.len);
-            self.done_slots += u32::from(flight.slots);
+            self.done_slots += u32::from(flight.slots());
             self.chains -= 1;
             if let Some(told) = &mut self.told {
                 told.push(head);
@@ -360,7 +404,7 @@ impl InFlight {
         for _ in 0..self.entries.len() {
             place = if place == 0 { self.entries.len() - 1 } else { place - 1 };
             let head = usize::from(self.name(place));
-            if self.entries[head].serial == serial {
+            if self.entries[head].serial() == serial {
                 return (!self.held[head].done).then_some(place);
             }
         }
@@ -386,9 +430,9 @@ impl InFlight {
         let head = self.name(self.newest);
         let flight = &mut self.entries[usize::from(head)];
         self.last = flight.previous();
-        flight.serial = 0;
+        flight.set_serial(0);
         self.chains -= 1;
-        self.slots -= u32::from(flight.slots);
+        self.slots -= u32::from(flight.slots());
         Some(*flight)
     }
 }
@@ -397,7 +441,7 @@ impl InFlight {
 #[inline(always)]
 fn find(entries: &mut [Flight], head: u16, serial: u32, len: u32) -> Option<&mut Flight> {
     let flight = entries.get_mut(usize::from(head))?;
-    let found = flight.serial == serial && serial != 0 && len <= flight.writable;
+    let found = flight.serial() == serial && serial != 0 && len <= flight.writable();
     found.then_some(flight)
 }
 
@@ -415,11 +459,11 @@ pub(crate) struct Run<P> {
 
 impl<P> Run<P> {
     pub(crate) fn new(place: P, id: u16, flight: &Flight, len: u32) -> Self {
-        Run { place, id, len, full: len == flight.writable }
+        Run { place, id, len, full: len == flight.writable() }
     }
 
     #[inline(always)]
     pub(crate) fn extend(&mut self, id: u16, flight: &Flight, len: u32) {
-        (self.id, self.len, self.full) = (id, len, len == flight.writable);
+        (self.id, self.len, self.full) = (id, len, len == flight.writable());
     }
 }

@@ -1,15 +1,44 @@
 //! The driver side's private table: which ids are outstanding, what they stand for, which are free (driver-01).
 
-/// What one id stands for.
+/// What one id stands for. Two words, since stores are what a ring's loops are made of.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Entry {
     pub token: u64,
-    /// Writable bytes that were posted.
-    pub writable: u32,
-    /// Ring descriptors that it takes; 0 if it is not outstanding.
-    pub slots: u16,
-    /// The chain's number since set-up, counted in 16 bits. In the split ring that is its position in the available ring.
-    pub position: u16,
+    /// Writable bytes, slots and position, from the low end.
+    shape: u64,
+}
+
+impl Entry {
+    /// `writable` bytes were posted in so many ring descriptors. `position` is the chain's number since set-up, counted in 16 bits: in the split
+    /// ring its position in the available ring.
+    #[inline(always)]
+    pub(crate) fn new(token: u64, writable: u32, slots: u16, position: u16) -> Self {
+        Entry { token, shape: u64::from(writable) | u64::from(slots) << 32 | u64::from(position) << 48 }
+    }
+
+    #[inline(always)]
+    pub(crate) fn writable(&self) -> u32 {
+        self.shape as u32
+    }
+
+    /// 0 if it is not outstanding.
+    #[inline(always)]
+    pub(crate) fn slots(&self) -> u16 {
+        (self.shape >> 32) as u16
+    }
+
+    #[inline(always)]
+    pub(crate) fn position(&self) -> u16 {
+        (self.shape >> 48) as u16
+    }
+
+    /// It is no longer outstanding; gives the slots that it took.
+    #[inline(always)]
+    pub(crate) fn take_out(&mut self) -> u16 {
+        let slots = self.slots();
+        self.shape = 0;
+        slots
+    }
 }
 
 /// Ids and their entries. The batch loops take it apart and keep its counts in locals.
@@ -34,7 +63,7 @@ impl Outstanding {
 
     /// The entry, if the id is in range and outstanding.
     pub(crate) fn get(&self, id: u32) -> Option<&Entry> {
-        self.entries.get(id as usize).filter(|e| e.slots != 0)
+        self.entries.get(id as usize).filter(|e| e.slots() != 0)
     }
 
     pub(crate) fn set(&mut self, id: u16, entry: Entry) {
@@ -52,13 +81,13 @@ impl Outstanding {
     /// no position is ever mistaken for one that is only added. Not used in order.
     #[cold]
     pub(crate) fn renumber(&mut self, position: u16) {
-        self.entries.iter_mut().for_each(|e| e.position = position);
+        self.entries.iter_mut().for_each(|e| *e = Entry::new(e.token, e.writable(), e.slots(), position));
     }
 
     /// All tokens that are outstanding; forgets them.
     pub(crate) fn drain(&mut self) -> Vec<u64> {
         self.chains = 0;
-        self.entries.iter_mut().filter(|e| e.slots != 0).map(|e| std::mem::take(e).token).collect()
+        self.entries.iter_mut().filter(|e| e.slots() != 0).map(|e| std::mem::take(e).token).collect()
     }
 }
 

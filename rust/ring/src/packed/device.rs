@@ -2,11 +2,11 @@
 
 use super::{BOTH, PackedRing, avail_flags, is_avail, rest, used_flags};
 use crate::batch::ChainBatch;
-use crate::chain::{Chain, Direction, Segment, Walk};
+use crate::chain::{Direction, Walk};
 use crate::error::RingError;
 use crate::event::{Cursor, packed_event, packed_word};
 use crate::indirect::{TableCopy, direction};
-use crate::inflight::{Flight, InFlight, Names, Run, after, count_from};
+use crate::inflight::{InFlight, Names, Run, after, count_from};
 use crate::options::{Areas, RingFeatures};
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
 use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
@@ -82,7 +82,7 @@ impl PackedDevice {
         let size = self.ring.size;
         let InFlight { entries, newest, serial, last, chains, slots, .. } = &mut self.flights;
         let free = usize::from(size) - *slots as usize;
-        let (chains_room, segments_room, used) = out.short_room(self.limit, usize::MAX);
+        let (chains_room, segments_room) = out.short_room(self.limit, usize::MAX);
         let (mut place, before) = (*newest, count_from(*serial));
         let (mut oldest, mut popped, mut stop) = (0, 0, Stop::Full);
         let Cursor { mut offset, mut wrap } = self.next;
@@ -99,7 +99,7 @@ impl PackedDevice {
             }
             let address = desc.load(2 * usize::from(offset));
             let Some(mut flight) = entries.get_mut(place) else { break };
-            if flight.serial != 0 {
+            if flight.serial() != 0 {
                 place = InFlight::free_place(entries, place);
                 flight = &mut entries[place];
             }
@@ -108,10 +108,10 @@ impl PackedDevice {
             }
             let (readable, writable) = if WRITABLE { (0, len) } else { (len, 0) };
             let (head, serial) = (place as u16, before + 1 + popped as u32);
-            *flight = Flight { serial, slots: 1, id: (word >> 32) as u16, gap: 0, writable };
+            flight.set_short(serial, (word >> 32) as u16, writable);
             place = after(place, usize::from(size));
-            *segment = Segment { address, len, direction };
-            *chain = Chain { head, segments: 1, serial, readable, writable, first: used + popped as u32 };
+            (chain.head, chain.serial, chain.readable, chain.writable) = (head, serial, readable, writable);
+            segment.set(address, len, direction);
             popped += 1;
             offset += 1;
             if offset == size {
@@ -121,7 +121,7 @@ impl PackedDevice {
         }
         if popped > 0 {
             // Only the first one may follow chains that were handed back.
-            entries[oldest].gap = before.wrapping_sub(*last);
+            entries[oldest].set_gap(before.wrapping_sub(*last));
             *serial = before + popped as u32;
             *last = *serial;
             *newest = place;
@@ -199,12 +199,12 @@ impl PackedDevice {
         let (desc, mut run, mut tail) = (self.ring.desc.cells(), self.run, self.tail());
         if let Some((_, flight, len, slots, chains)) = self.flights.finish_run::<false, _>(completions) {
             match &mut run {
-                Some(open) if open.full => open.extend(flight.id, &flight, len),
+                Some(open) if open.full => open.extend(flight.id(), &flight, len),
                 _ => {
                     if let Some(closed) = run {
                         tail.element(&desc, closed.place, closed.id, closed.len);
                     }
-                    run = Some(Run::new(tail.used, flight.id, &flight, len));
+                    run = Some(Run::new(tail.used, flight.id(), &flight, len));
                 }
             }
             self.run = run;
@@ -216,15 +216,15 @@ impl PackedDevice {
         }
         self.flights.finish_in_order(completions, |_, flight, len| {
             match &mut run {
-                Some(open) if open.full => open.extend(flight.id, flight, len),
+                Some(open) if open.full => open.extend(flight.id(), flight, len),
                 _ => {
                     if let Some(closed) = run {
                         tail.element(&desc, closed.place, closed.id, closed.len);
                     }
-                    run = Some(Run::new(tail.used, flight.id, flight, len));
+                    run = Some(Run::new(tail.used, flight.id(), flight, len));
                 }
             }
-            tail.advance(flight.slots);
+            tail.advance(flight.slots());
         })?;
         self.run = run;
         self.set_tail(tail);
@@ -327,8 +327,8 @@ impl DeviceRing for PackedDevice {
         // Used descriptors go over available ones that a refused batch may still hand back: check all before the first is written.
         self.flights.check_batch(completions)?;
         self.flights.finish_batch(completions, |_, flight, len| {
-            tail.element(&desc, tail.used, flight.id, len);
-            tail.advance(flight.slots);
+            tail.element(&desc, tail.used, flight.id(), len);
+            tail.advance(flight.slots());
         })?;
         self.set_tail(tail);
         Ok(())
@@ -338,7 +338,7 @@ impl DeviceRing for PackedDevice {
         self.flights.check_rewind(count)?;
         for _ in 0..count {
             if let Some(flight) = self.flights.rewind_one() {
-                self.next = self.next.back(flight.slots, self.ring.size);
+                self.next = self.next.back(flight.slots(), self.ring.size);
             }
         }
         Ok(())

@@ -108,12 +108,12 @@ impl PackedDriver {
                 break;
             }
             let (len, id) = (word as u32, (word >> 32) as u16);
-            let Some(entry) = entries.get_mut(usize::from(id)).filter(|e| e.slots != 0 && published.contains(e.position)) else {
+            let Some(entry) = entries.get_mut(usize::from(id)).filter(|e| e.slots() != 0 && published.contains(e.position())) else {
                 refused = Some(id);
                 break;
             };
-            *used = Used { token: entry.token, len: clamp(len, entry.writable, clamped) };
-            let slots = std::mem::take(&mut entry.slots);
+            *used = Used { token: entry.token, len: clamp(len, entry.writable(), clamped) };
+            let slots = entry.take_out();
             stack[top] = id;
             top += 1;
             popped += 1;
@@ -135,12 +135,12 @@ impl PackedDriver {
     fn next_run(&mut self) -> Result<bool, RingError> {
         let Some((id, len)) = self.look() else { return Ok(false) };
         let published = self.published();
-        let Some(entry) = self.ids.get(id.into()).filter(|e| published.contains(e.position)) else {
+        let Some(entry) = self.ids.get(id.into()).filter(|e| published.contains(e.position())) else {
             return Err(self.refused(id));
         };
         // Chains come back in order, so the oldest is as many before `end` as were published and are outstanding.
         let limit = self.ids.chains - published.unpublished;
-        let run = entry.position.wrapping_sub(published.end.wrapping_sub(limit)).wrapping_add(1);
+        let run = entry.position().wrapping_sub(published.end.wrapping_sub(limit)).wrapping_add(1);
         if run == 0 || run > limit {
             return Err(RingError::InOrderRun { id: id.into(), run, limit });
         }
@@ -166,8 +166,8 @@ impl PackedDriver {
                 // A head's place is its id.
                 let entry = &mut entries[usize::from(at.offset)];
                 // Every chain of a run but the last has no writable part or was filled.
-                *used = Used { token: entry.token, len: entry.writable };
-                let slots = std::mem::take(&mut entry.slots);
+                *used = Used { token: entry.token, len: entry.writable() };
+                let slots = entry.take_out();
                 freed += slots;
                 at = if slots == 1 { at.step(1, size) } else { at.step(slots, size) };
             }
@@ -219,7 +219,7 @@ impl DriverRing for PackedDriver {
             }
         }
         let slots = needed as u16;
-        self.ids.set(id, Entry { token, writable: sums.writable, slots, position: self.added });
+        self.ids.set(id, Entry::new(token, sums.writable, slots, self.added));
         self.added = self.added.wrapping_add(1);
         self.unpublished += slots;
         self.free -= slots;
@@ -241,7 +241,7 @@ impl DriverRing for PackedDriver {
         for (k, buffer) in buffers[..n].iter().enumerate() {
             let id = if in_order { offset } else { stack[first + (n - 1 - k)] };
             let writable = buffer.direction.writable(buffer.len);
-            entries[usize::from(id)] = Entry { token: buffer.token, writable, slots: 1, position: added.wrapping_add(k as u16) };
+            entries[usize::from(id)] = Entry::new(buffer.token, writable, 1, added.wrapping_add(k as u16));
             let word = rest(buffer.len, id, write_flag(buffer.direction) | flags);
             if head.is_some() {
                 desc.store_pair(offset.into(), [buffer.address, word]);

@@ -98,9 +98,9 @@ impl SplitDevice {
         let InFlight { entries, heads, newest, serial, last, chains, slots, .. } = &mut self.flights;
         let size = heads.len();
         let free = size - *slots as usize;
-        let (room, segments, used) = out.short_room(self.limit, limit.min(free));
+        let (room, segments) = out.short_room(self.limit, limit.min(free));
         let (first, before) = (usize::from(self.next) & (size - 1), count_from(*serial));
-        let mut short = Short { avail: self.ring.heads.cells(), desc: self.ring.desc.cells(), entries, serial: before, used };
+        let mut short = Short { avail: self.ring.heads.cells(), desc: self.ring.desc.cells(), entries, serial: before };
         // Up to the end of the ring, and on from its start.
         let cut = room.len().min(size - first);
         let ((near, far), (near_segments, far_segments)) = (room.split_at_mut(cut), segments.split_at_mut(cut));
@@ -111,7 +111,7 @@ impl SplitDevice {
         }
         if popped > 0 {
             // Only the first one may follow chains that were handed back.
-            entries[usize::from(heads[first])].gap = before.wrapping_sub(*last);
+            entries[usize::from(heads[first])].set_gap(before.wrapping_sub(*last));
             *serial = before + popped as u32;
             *last = *serial;
             self.next = self.next.wrapping_add(popped as u16);
@@ -255,9 +255,8 @@ struct Short<'a> {
     avail: U16RingCells<'a>,
     desc: U64RingCells<'a>,
     entries: &'a mut [Flight],
-    /// The serial that was given out last, and the segments in the batch.
+    /// The serial that was given out last.
     serial: u32,
-    used: u32,
 }
 
 impl Short<'_> {
@@ -271,12 +270,12 @@ impl Short<'_> {
         heads: &mut [u16],
     ) -> (usize, Stop) {
         let (kind, direction) = if WRITABLE { (DESC_F_WRITE, Direction::Writable) } else { (0, Direction::Readable) };
-        let (desc, entries, serial, used) = (self.desc, &mut self.entries[..], self.serial + 1, self.used);
+        let (desc, entries, serial) = (self.desc, &mut self.entries[..], self.serial + 1);
         let places = heads.iter_mut().zip(self.avail.loads(place));
         let mut popped = 0;
         for ((chain, segment), (name, head)) in chains.iter_mut().zip(segments).zip(places) {
             let Some(flight) = entries.get_mut(usize::from(head)) else { return (popped as usize, Stop::HeadOutOfRange(head)) };
-            if flight.serial != 0 {
+            if flight.serial() != 0 {
                 return (popped as usize, Stop::HeadInFlight(head));
             }
             let [address, rest] = desc.load_pair(head.into());
@@ -285,13 +284,13 @@ impl Short<'_> {
                 return (popped as usize, Stop::Other { head, address, rest });
             }
             let (readable, writable) = if WRITABLE { (0, len) } else { (len, 0) };
-            *flight = Flight { serial: serial + popped, slots: 1, id: 0, gap: 0, writable };
+            flight.set_short(serial + popped, 0, writable);
             *name = head;
-            *segment = Segment { address, len, direction };
-            *chain = Chain { head, segments: 1, serial: serial + popped, readable, writable, first: used + popped };
+            (chain.head, chain.serial, chain.readable, chain.writable) = (head, serial + popped, readable, writable);
+            segment.set(address, len, direction);
             popped += 1;
         }
-        (self.serial, self.used) = (self.serial + popped, used + popped);
+        self.serial += popped;
         (popped as usize, Stop::Full)
     }
 }

@@ -94,7 +94,7 @@ impl SplitDriver {
     #[inline(always)]
     fn offer(&mut self, head: u16, token: u64, writable: u32, slots: u16) {
         let place = usize::from(self.next & self.ring.mask());
-        self.ids.set(head, Entry { token, writable, slots, position: self.next });
+        self.ids.set(head, Entry::new(token, writable, slots, self.next));
         if !self.features.in_order {
             self.ring.heads.cells().store(place, head);
         } else {
@@ -175,12 +175,12 @@ impl SplitDriver {
             self.free += more as u16;
             let Some((id, len)) = end else { break };
             // A chain of several descriptors, or none that is out.
-            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots != 0 && published.contains(e.position)) else {
+            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots() != 0 && published.contains(e.position())) else {
                 result = Err(id);
                 break;
             };
-            out[more] = Used { token: entry.token, len: clamp(len, entry.writable, clamped) };
-            let (mut id, slots) = (id as u16, std::mem::take(&mut entry.slots));
+            out[more] = Used { token: entry.token, len: clamp(len, entry.writable(), clamped) };
+            let (mut id, slots) = (id as u16, entry.take_out());
             for left in (0..slots).rev() {
                 stack[*free] = id;
                 *free += 1;
@@ -203,10 +203,10 @@ impl SplitDriver {
     fn next_run(&mut self) -> Result<(), RingError> {
         let [id, len] = self.ring.elements.cells().load_pair(self.last_used.into());
         let limit = self.seen_used.wrapping_sub(self.last_used);
-        let Some(entry) = self.ids.get(id).filter(|e| self.published().contains(e.position)) else {
+        let Some(entry) = self.ids.get(id).filter(|e| self.published().contains(e.position())) else {
             return Err(self.refused(id));
         };
-        let run = entry.position.wrapping_sub(self.last_used).wrapping_add(1);
+        let run = entry.position().wrapping_sub(self.last_used).wrapping_add(1);
         if run == 0 || run > limit {
             return Err(RingError::InOrderRun { id, run, limit });
         }
@@ -257,8 +257,8 @@ fn take_back(out: &mut [Used], entries: &mut [Entry]) -> u16 {
     let mut freed = 0;
     for (used, entry) in out.iter_mut().zip(entries) {
         // Every chain of a run but the last has no writable part or was filled.
-        *used = Used { token: entry.token, len: entry.writable };
-        freed += std::mem::take(&mut entry.slots);
+        *used = Used { token: entry.token, len: entry.writable() };
+        freed += entry.take_out();
     }
     freed
 }
@@ -280,11 +280,11 @@ impl Short<'_, '_> {
         let mut popped = 0;
         for (used, place) in out.iter_mut().zip(&mut *self.stack) {
             let [id, len] = elements.load_pair(at + popped);
-            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots == 1 && published(e.position)) else {
+            let Some(entry) = entries.get_mut(id as usize).filter(|e| e.slots() == 1 && published(e.position())) else {
                 return (popped, Some((id, len)));
             };
-            *used = Used { token: entry.token, len: clamp(len, entry.writable, self.clamped) };
-            entry.slots = 0;
+            *used = Used { token: entry.token, len: clamp(len, entry.writable(), self.clamped) };
+            entry.take_out();
             *place = id as u16;
             popped += 1;
         }
@@ -306,7 +306,7 @@ fn put<const WRITABLE: bool>(desc: U64RingCells, entry: &mut Entry, buffer: &Buf
     if buffer.len == 0 || buffer.direction != direction {
         return false;
     }
-    *entry = Entry { token: buffer.token, writable, slots: 1, position };
+    *entry = Entry::new(buffer.token, writable, 1, position);
     desc.store_pair(id, [buffer.address, rest(buffer.len, write_flag(direction), 0)]);
     true
 }
@@ -345,7 +345,7 @@ impl Batch<'_> {
     fn take_out(&mut self, count: usize, first: u16, stack: Option<&[u16]>) {
         for k in 0..count {
             let id = stack.map_or((usize::from(first) + k) & (self.entries.len() - 1), |stack| stack[stack.len() - 1 - k].into());
-            self.entries[id].slots = 0;
+            self.entries[id].take_out();
         }
     }
 }
