@@ -4,28 +4,27 @@ use crate::error::RingError;
 use crate::ring::{Completion, Completions};
 use crate::spec::MAX_SIZE;
 
-/// A chain in flight. Two words, since stores are what a ring's loops are made of.
+/// A chain in flight. Few words, since stores are what a ring's loops are made of; what stands there already from the last time is not
+/// written again.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flight {
-    /// Serial, slots and id, from the low end.
-    name: u64,
+    serial: u32,
+    /// Slots, and the id above them.
+    shape: u32,
     /// Writable bytes, and above them how many serials lie between this one and that of the chain that was popped before it: some only behind
     /// chains that were handed back.
     bytes: u64,
 }
 
-const SERIAL: u64 = 0xffff_ffff;
-
 impl Flight {
-    #[inline(always)]
-    fn name(serial: u32, slots: u16, id: u16) -> u64 {
-        u64::from(serial) | u64::from(slots) << 32 | u64::from(id) << 48
-    }
-
-    /// A chain of one slot that follows the one with the serial before. What stands there already from the last time is not written again.
+    /// A chain of one slot that follows the one with the serial before.
     #[inline(always)]
     pub(crate) fn set_short(&mut self, serial: u32, id: u16, writable: u32) {
-        self.name = Self::name(serial, 1, id);
+        let shape = 1 | u32::from(id) << 16;
+        self.serial = serial;
+        if self.shape != shape {
+            self.shape = shape;
+        }
         if writable != 0 || self.bytes != 0 {
             self.bytes = writable.into();
         }
@@ -38,24 +37,24 @@ impl Flight {
     /// Counts pops; 0 if nothing is in flight here. All else stays when it becomes 0, so that a refused batch can be undone.
     #[inline(always)]
     pub(crate) fn serial(&self) -> u32 {
-        self.name as u32
+        self.serial
     }
 
     #[inline(always)]
     pub(crate) fn set_serial(&mut self, serial: u32) {
-        self.name = self.name & !SERIAL | u64::from(serial);
+        self.serial = serial;
     }
 
     /// Ring descriptors that it takes.
     #[inline(always)]
     pub(crate) fn slots(&self) -> u16 {
-        (self.name >> 32) as u16
+        self.shape as u16
     }
 
     /// Packed: the buffer id, only ever echoed.
     #[inline(always)]
     pub(crate) fn id(&self) -> u16 {
-        (self.name >> 48) as u16
+        (self.shape >> 16) as u16
     }
 
     #[inline(always)]
@@ -181,8 +180,11 @@ impl InFlight {
     pub(crate) fn start(&mut self, head: u16, id: u16, slots: u16, writable: u32) -> u32 {
         self.serial = count_from(self.serial) + 1;
         let gap = self.serial.wrapping_sub(1).wrapping_sub(std::mem::replace(&mut self.last, self.serial));
-        self.entries[usize::from(head)] =
-            Flight { name: Flight::name(self.serial, slots, id), bytes: u64::from(writable) | u64::from(gap) << 32 };
+        self.entries[usize::from(head)] = Flight {
+            serial: self.serial,
+            shape: u32::from(slots) | u32::from(id) << 16,
+            bytes: u64::from(writable) | u64::from(gap) << 32,
+        };
         if let Some(place) = self.heads.get_mut(self.newest) {
             *place = head;
         }
