@@ -469,3 +469,29 @@ impl<P> Run<P> {
         (self.id, self.len, self.full) = (id, len, len == flight.writable());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serials_start_again_before_they_run_out_and_chains_can_still_be_handed_back() {
+        for names in [Names::Heads, Names::Places] {
+            let mut flights = InFlight::new(8, names, 0);
+            flights.serial = u32::MAX - MAX_SIZE - 3;
+            flights.last = flights.serial;
+            let serials: Vec<u32> = (0..6).map(|head| flights.start(head, head, 1, 0)).collect();
+            let last = u32::MAX - MAX_SIZE;
+            assert_eq!(serials, [last - 2, last - 1, last, 1, 2, 3]);
+            flights.check_rewind(6).expect("all are in flight");
+            for left in (0..6).rev() {
+                assert!(flights.rewind_one().is_some());
+                assert_eq!((flights.chains, flights.newest), (left, usize::from(left)));
+            }
+            assert_eq!(flights.start(0, 0, 1, 0), 4, "no serial is given twice");
+            flights.check_rewind(1).expect("in flight");
+            assert!(flights.rewind_one().is_some());
+            assert!(flights.check_rewind(1).is_err(), "nothing is before it");
+        }
+    }
+}
