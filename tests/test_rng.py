@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.transports import KINDS, AnyTransport, over
 from virtio import DeviceId, DeviceQueue, Features, Memory, SpecViolation, StatusError
 from virtio.device import Device, DeviceState
 from virtio.devices import rng
 from virtio.devices.rng import BUFFER_SIZE, RngDevice, RngDriver
 from virtio.driver import DriverState
 from virtio.testing import RawPackedDevice, RawPackedDriver, RawSplitDevice, RawSplitDriver
-from virtio.transport.loopback import LoopbackTransport
 
 
 def counting() -> Callable[[int], bytes]:
@@ -41,12 +41,12 @@ class Answers(Device):
         self.answer(queue)
 
 
-@pytest.fixture
-def loopback() -> Iterator[Callable[[Device], LoopbackTransport]]:
-    transports: list[LoopbackTransport] = []
+@pytest.fixture(params=KINDS)
+def transport_to(request: pytest.FixtureRequest) -> Iterator[Callable[[Device], AnyTransport]]:
+    transports: list[AnyTransport] = []
 
-    def make(device: Device) -> LoopbackTransport:
-        transports.append(LoopbackTransport(device))
+    def make(device: Device) -> AnyTransport:
+        transports.append(over(request.param, device))
         return transports[-1]
 
     yield make
@@ -54,39 +54,39 @@ def loopback() -> Iterator[Callable[[Device], LoopbackTransport]]:
         transport.close()
 
 
-Loopback = Callable[[Device], LoopbackTransport]
+TransportTo = Callable[[Device], AnyTransport]
 
 
 @pytest.mark.parametrize("count", [0, 1, 16, BUFFER_SIZE, BUFFER_SIZE + 1, 3 * BUFFER_SIZE])
-def test_as_many_bytes_as_asked_for_come_in_order(loopback: Loopback, ring_features: Features, ring_format: str, count: int) -> None:
-    with RngDriver(loopback(RngDevice(counting())), wanted=ring_features) as driver:
+def test_as_many_bytes_as_asked_for_come_in_order(transport_to: TransportTo, ring_features: Features, ring_format: str, count: int) -> None:
+    with RngDriver(transport_to(RngDevice(counting())), wanted=ring_features) as driver:
         assert driver.read(count) == expected(count)
         assert driver.requestq.ring_format == ring_format
 
 
-def test_many_reads_go_round_the_ring(loopback: Loopback, ring_features: Features) -> None:
-    with RngDriver(loopback(RngDevice(counting())), wanted=ring_features) as driver:
+def test_many_reads_go_round_the_ring(transport_to: TransportTo, ring_features: Features) -> None:
+    with RngDriver(transport_to(RngDevice(counting())), wanted=ring_features) as driver:
         assert b"".join(driver.read(7) for _ in range(100)) == expected(700)
 
 
-def test_all_features_that_rings_have_work(loopback: Loopback) -> None:
-    with RngDriver(loopback(RngDevice())) as driver:
+def test_all_features_that_rings_have_work(transport_to: TransportTo) -> None:
+    with RngDriver(transport_to(RngDevice())) as driver:
         first, second = driver.read(32), driver.read(32)
         assert first != second and len(first) == len(second) == 32
 
 
-def test_a_source_may_give_less_than_it_is_asked_for(loopback: Loopback, ring_features: Features) -> None:
+def test_a_source_may_give_less_than_it_is_asked_for(transport_to: TransportTo, ring_features: Features) -> None:
     counted = counting()
-    with RngDriver(loopback(RngDevice(lambda count: counted(min(count, 3)))), wanted=ring_features) as driver:
+    with RngDriver(transport_to(RngDevice(lambda count: counted(min(count, 3)))), wanted=ring_features) as driver:
         assert driver.read(10) == expected(10)
 
 
-def test_a_source_that_gives_nothing_is_an_error_that_comes_through(loopback: Loopback) -> None:
-    with RngDriver(loopback(RngDevice(lambda count: b""))) as driver, pytest.raises(ValueError, match="gave none"):
+def test_a_source_that_gives_nothing_is_an_error_that_comes_through(transport_to: TransportTo) -> None:
+    with RngDriver(transport_to(RngDevice(lambda count: b""))) as driver, pytest.raises(ValueError, match="gave none"):
         driver.read(1)
 
 
-def test_a_source_that_fails_once_loses_no_request(loopback: Loopback, ring_features: Features) -> None:
+def test_a_source_that_fails_once_loses_no_request(transport_to: TransportTo, ring_features: Features) -> None:
     numbers, failures = counting(), [OSError("no entropy for now")]
 
     def source(count: int) -> bytes:
@@ -94,14 +94,14 @@ def test_a_source_that_fails_once_loses_no_request(loopback: Loopback, ring_feat
             raise failures.pop()
         return numbers(count)
 
-    with RngDriver(loopback(RngDevice(source)), wanted=ring_features) as driver:
+    with RngDriver(transport_to(RngDevice(source)), wanted=ring_features) as driver:
         with pytest.raises(OSError, match="no entropy for now"):
             driver.read(8)
         assert driver.requestq.outstanding == 1
         assert driver.read(8) == expected(8)
 
 
-def test_what_was_answered_before_the_source_fails_is_published(loopback: Loopback, ring_features: Features) -> None:
+def test_what_was_answered_before_the_source_fails_is_published(transport_to: TransportTo, ring_features: Features) -> None:
     pieces = iter((b"a", None, b"b", b"c"))
 
     def source(count: int) -> bytes:
@@ -110,7 +110,7 @@ def test_what_was_answered_before_the_source_fails_is_published(loopback: Loopba
         return piece
 
     device = RngDevice(source)
-    with RngDriver(loopback(device), wanted=ring_features) as driver:
+    with RngDriver(transport_to(device), wanted=ring_features) as driver:
         for token in range(3):
             driver.requestq.add(token, writable=[(driver.address + driver.buffer + token, 1)])
         driver.requestq.publish()
@@ -123,10 +123,10 @@ def test_what_was_answered_before_the_source_fails_is_published(loopback: Loopba
         assert driver.memory.read(driver.buffer, 3) == b"abc"
 
 
-def test_the_handler_alone_publishes_what_it_answered(loopback: Loopback, ring_features: Features) -> None:
+def test_the_handler_alone_publishes_what_it_answered(transport_to: TransportTo, ring_features: Features) -> None:
     pieces = iter((b"a", b""))
     device = RngDevice(lambda count: next(pieces))
-    with RngDriver(loopback(device), wanted=ring_features) as driver:
+    with RngDriver(transport_to(device), wanted=ring_features) as driver:
         for token in range(2):
             driver.requestq.add(token, writable=[(driver.address + driver.buffer + token, 1)])
         driver.requestq.publish()
@@ -137,46 +137,46 @@ def test_the_handler_alone_publishes_what_it_answered(loopback: Loopback, ring_f
         assert driver.requestq.pop_used() == [(0, 1)]
 
 
-def test_a_negative_count_is_refused(loopback: Loopback) -> None:
-    with RngDriver(loopback(RngDevice())) as driver, pytest.raises(ValueError, match="-1"):
+def test_a_negative_count_is_refused(transport_to: TransportTo) -> None:
+    with RngDriver(transport_to(RngDevice())) as driver, pytest.raises(ValueError, match="-1"):
         driver.read(-1)
 
 
-def test_a_count_that_is_no_integer_is_refused(loopback: Loopback) -> None:
-    with RngDriver(loopback(RngDevice())) as driver:
+def test_a_count_that_is_no_integer_is_refused(transport_to: TransportTo) -> None:
+    with RngDriver(transport_to(RngDevice())) as driver:
         for count in (1.5, float("inf"), None, "4"):
             with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
                 driver.read(count)  # type: ignore[arg-type]
         assert driver.requestq.outstanding == 0
 
 
-def test_a_device_that_writes_nothing_is_not_asked_for_ever(loopback: Loopback, ring_features: Features) -> None:
+def test_a_device_that_writes_nothing_is_not_asked_for_ever(transport_to: TransportTo, ring_features: Features) -> None:
     def nothing(queue: DeviceQueue) -> None:
         for chain in queue.pop():
             queue.complete(chain, 0)
         queue.publish()
 
-    with RngDriver(loopback(Answers(nothing)), wanted=ring_features) as driver:
+    with RngDriver(transport_to(Answers(nothing)), wanted=ring_features) as driver:
         for _ in range(2):
             with pytest.raises(SpecViolation, match=r"without a random byte in it \(5\.4\.6\.2\)"):
                 driver.read(1)
 
 
-def test_only_the_used_length_counts(loopback: Loopback, ring_features: Features) -> None:
+def test_only_the_used_length_counts(transport_to: TransportTo, ring_features: Features) -> None:
     def half(queue: DeviceQueue) -> None:
         for chain in queue.pop():
             chain.write(b"\xaa" * chain.writable)
             queue.complete(chain, chain.writable // 2 or 1)
         queue.publish()
 
-    with RngDriver(loopback(Answers(half)), wanted=ring_features) as driver:
+    with RngDriver(transport_to(Answers(half)), wanted=ring_features) as driver:
         requests = driver.requestq.counters["added"]
         assert driver.read(8) == b"\xaa" * 8
         assert driver.requestq.counters["added"] - requests == 4, "halves of 8, 4, 2 and 1"
 
 
-def test_driver_03_a_used_length_beyond_the_buffer_is_clamped(loopback: Loopback, ring_features: Features) -> None:
-    transport: LoopbackTransport
+def test_driver_03_a_used_length_beyond_the_buffer_is_clamped(transport_to: TransportTo, ring_features: Features) -> None:
+    transport: AnyTransport
     boasted: list[bool] = []
 
     def boast(queue: DeviceQueue) -> None:
@@ -194,15 +194,15 @@ def test_driver_03_a_used_length_beyond_the_buffer_is_clamped(loopback: Loopback
             split.use(head, 0xFFFF_FFFF)
         transport.interrupt(0).signal()
 
-    transport = loopback(Answers(boast))
+    transport = transport_to(Answers(boast))
     with RngDriver(transport, wanted=ring_features) as driver:
         assert driver.read(5) == bytes(5)
         assert driver.requestq.counters["clamped"] == 1
 
 
-def test_an_answer_that_comes_late_is_the_next_reads(loopback: Loopback, ring_features: Features) -> None:
+def test_an_answer_that_comes_late_is_the_next_reads(transport_to: TransportTo, ring_features: Features) -> None:
     device = Answers(lambda queue: None)
-    with RngDriver(loopback(device), wanted=ring_features) as driver:
+    with RngDriver(transport_to(device), wanted=ring_features) as driver:
         for _ in range(3):
             with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
                 driver.read(4, timeout=0.01)
@@ -218,9 +218,9 @@ def test_an_answer_that_comes_late_is_the_next_reads(loopback: Loopback, ring_fe
         assert driver.read(2) == b"la"
 
 
-def test_a_request_with_something_to_read_breaks_the_device(loopback: Loopback, ring_features: Features) -> None:
+def test_a_request_with_something_to_read_breaks_the_device(transport_to: TransportTo, ring_features: Features) -> None:
     device = RngDevice()
-    with RngDriver(loopback(device), wanted=ring_features) as driver:
+    with RngDriver(transport_to(device), wanted=ring_features) as driver:
         place = driver.address + driver.buffer
         driver.requestq.add("bad", readable=[(place, 1)], writable=[(place + 1, 1)])
         driver.requestq.publish()
@@ -230,27 +230,27 @@ def test_a_request_with_something_to_read_breaks_the_device(loopback: Loopback, 
         assert driver.reset() == {0: ["bad"]}
 
 
-def test_a_device_of_another_type_is_refused(loopback: Loopback) -> None:
+def test_a_device_of_another_type_is_refused(transport_to: TransportTo) -> None:
     class Other(RngDevice):
         device_id = DeviceId.BLOCK
 
-    transport = loopback(Other())
+    transport = transport_to(Other())
     with pytest.raises(ValueError, match="RngDriver drives devices of type 4, not 2"):
         RngDriver(transport)
     assert transport.device.status == 0 and transport.device.memory.regions == []
 
 
-def test_memory_may_be_somebody_elses(loopback: Loopback) -> None:
+def test_memory_may_be_somebody_elses(transport_to: TransportTo) -> None:
     with Memory(1 << 16) as memory:
-        with RngDriver(loopback(RngDevice(counting())), memory=memory) as driver:
+        with RngDriver(transport_to(RngDevice(counting())), memory=memory) as driver:
             assert driver.read(8) == expected(8)
         assert driver.state is DriverState.CLOSED and not memory.closed
         with pytest.raises(StatusError):
             driver.read(1)
 
 
-def test_memory_of_somebody_else_is_given_back_whole(loopback: Loopback) -> None:
-    transport = loopback(RngDevice())
+def test_memory_of_somebody_else_is_given_back_whole(transport_to: TransportTo) -> None:
+    transport = transport_to(RngDevice())
     with Memory(1 << 16) as memory:
         for _ in range(20):
             with RngDriver(transport, memory=memory) as driver:
@@ -258,9 +258,9 @@ def test_memory_of_somebody_else_is_given_back_whole(loopback: Loopback) -> None
         memory.free(memory.allocate(1 << 16))
 
 
-def test_hostile_requests_make_the_device_need_a_reset(loopback: Loopback, ring_features: Features) -> None:
+def test_hostile_requests_make_the_device_need_a_reset(transport_to: TransportTo, ring_features: Features) -> None:
     device = RngDevice()
-    with RngDriver(loopback(device), wanted=ring_features) as driver:
+    with RngDriver(transport_to(device), wanted=ring_features) as driver:
         queue = driver.requestq
         raw: RawSplitDriver | RawPackedDriver
         if queue.ring_format == "packed":

@@ -111,11 +111,13 @@ class Driver:
     """The device type's dependencies between features."""
 
     def __init__(self, transport: Transport, *, memory: Memory | None = None) -> None:
-        """Attaches `memory` (or `MEMORY_SIZE` bytes of its own) to `transport`. ValueError: a device of another type."""
+        """Attaches `memory` to `transport`; without it the transport's own, or `MEMORY_SIZE` new bytes. ValueError: another device type."""
         if self.device_id is not None and transport.device_id != self.device_id:
             raise ValueError(f"{type(self).__name__} drives devices of type {self.device_id:d}, not {transport.device_id:d}")
         self._lock = RLock()
         self.transport: Final = transport
+        if memory is None:
+            memory = getattr(transport, "memory", None)
         self._owned = memory is None
         self.memory: Final = Memory(MEMORY_SIZE) if memory is None else memory
         self.address: Final = transport.attach(self.memory)

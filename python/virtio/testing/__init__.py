@@ -15,17 +15,22 @@ helpers for legal steps, so that a test spells out only the step that is wrong.
 
 The other way round, `RawSplitDevice(memory, queue.size, queue.areas, address=base)` is the device that a `DriverQueue` talks to. The packed
 format has the same pair. No notification is sent: signal the `EventFd` of your choice.
+
+`RawPciFunction` is a PCI function of the same kind: any byte, any answer, alone or in front of a legal one.
 """
 
 from virtio.testing.packed import PackedDescriptor, PackedEvent, RawPackedDevice, RawPackedDriver
+from virtio.testing.pci import Access, RawPciFunction
 from virtio.testing.raw import Segment, Window
 from virtio.testing.split import RawSplitDevice, RawSplitDriver, SplitDescriptor
 
 __all__ = [
+    "Access",
     "PackedDescriptor",
     "PackedEvent",
     "RawPackedDevice",
     "RawPackedDriver",
+    "RawPciFunction",
     "RawSplitDevice",
     "RawSplitDriver",
     "Segment",

@@ -51,6 +51,8 @@ class Transport(Protocol):
     """The way to one device. Whoever implements it translates: sequences, checks of order and waiting are the driver's.
 
     Every call may raise `TransportError` (the device is gone or does not answer), and `StatusError` once it is closed.
+
+    A transport may have an attribute `memory`, a `Memory` or None: what its device reaches already, and a driver uses if it is given none.
     """
 
     @property
