@@ -13,10 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 FUZZ_SECONDS ?= 600
 CHECK := setup format clippy rust develop lint types stubs python
-TEST := $(CHECK) loom tsan fuzz-minute slow
+TEST := $(CHECK) qemu-tools peers loom tsan fuzz-minute slow
 
 .PHONY: help check test fix demo wheel bench fuzz clean \
-        setup format clippy rust develop lint types stubs python loom tsan fuzz-tool fuzz-minute slow
+        setup format clippy rust develop lint types stubs python qemu-tools peers loom tsan fuzz-tool fuzz-minute slow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ help: ## this list
 check: ## the quick loop: format, lints, types, Rust and Python tests
 	@scripts/stages.sh $(CHECK)
 
-test: ## everything: check, loom, ThreadSanitizer, a minute of each fuzz target, the packages
+test: ## everything: check, QEMU's devices, loom, ThreadSanitizer, a minute of each fuzz target, the packages
 	@scripts/stages.sh $(TEST)
 
 fix: setup ## format everything, and mend what ruff can
@@ -32,7 +32,7 @@ fix: setup ## format everything, and mend what ruff can
 	ruff check --quiet --fix
 	ruff format --quiet
 
-demo: setup develop ## set up, then run the examples
+demo: setup develop qemu-tools ## set up, then run the examples
 	python examples/rng.py
 	python examples/new_device.py
 
@@ -85,7 +85,13 @@ stubs:
 	python -m mypy.stubtest virtio._core
 
 python:
-	pytest -m "not slow"
+	pytest -m "not slow and not qemu"
+
+qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
+	@scripts/qemu.sh
+
+peers: ## the tests against QEMU's device models
+	pytest -m qemu
 
 fuzz-tool:
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked --root .venv cargo-fuzz

@@ -4,24 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf 'setup: %s\n' "$*"; }
-fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
-
-install_packages() {
-    local sudo=()
-    command -v apt-get >/dev/null || fail "please install: $*"
-    if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || fail "please install as root: apt-get install $*"
-        sudo=(sudo)
-    fi
-    say "installing $*"
-    export DEBIAN_FRONTEND=noninteractive
-    if ! "${sudo[@]}" apt-get install -y -qq --no-install-recommends "$@" >/dev/null; then
-        say "package lists are old or empty: apt-get update"
-        "${sudo[@]}" apt-get update -qq
-        "${sudo[@]}" apt-get install -y -qq --no-install-recommends "$@" >/dev/null
-    fi
-}
+script=setup
+. scripts/packages.sh
 
 find_python() {
     local name
