@@ -280,8 +280,9 @@ class DriverQueue:
         """A queue of `size` entries, its areas newly allocated in `memory`, whose first byte the device sees at `address`.
 
         `size`: 1 to 32768, a power of two unless RING_PACKED. `features`: the accepted bits, of which RING_PACKED, EVENT_IDX,
-        INDIRECT_DESC, IN_ORDER and NOTIFICATION_DATA count here. `index`: the queue's number (0 to 65535), for notifications.
-        `indirect_limit`: segments of the longest indirect chain, up to `size`; 0 stands for 16 with INDIRECT_DESC.
+        INDIRECT_DESC, IN_ORDER and NOTIFICATION_DATA count here: a mask (`1 << Feature.RING_PACKED`) or a `Features` set; TypeError for a
+        bare `Feature`, which is the number of a bit. `index`: the queue's number (0 to 65535), for notifications. `indirect_limit`:
+        segments of the longest indirect chain, up to `size`; 0 stands for 16 with INDIRECT_DESC.
 
         ValueError: a number out of range, areas unaligned at that address, no room in memory, or a limit without INDIRECT_DESC.
         StatusError: the memory is closed, or another process's.

@@ -1,8 +1,9 @@
 //! Arguments that are checked at full width before they are narrowed, so that an error names the value that was passed.
 
 use crate::errors::Error;
-use pyo3::exceptions::PyOverflowError;
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::types::PyInt;
 
 /// An integer as it was passed: an `int`, or whatever has `__index__`.
 pub struct Int {
@@ -38,19 +39,6 @@ impl Int {
     pub fn bytes(&self, what: &str) -> Result<usize, Error> {
         self.within(what, 0, i64::MAX.into())
     }
-
-    /// The accepted feature bits, 0 to 127 (2.2).
-    pub fn features(&self) -> Result<u128, Error> {
-        match &self.huge {
-            None if self.value >= 0 => Ok(self.value as u128),
-            // Bit 127 is the one that an i128 has no room for.
-            Some(shown) => {
-                let bits = shown.strip_prefix("0x").and_then(|digits| u128::from_str_radix(digits, 16).ok());
-                bits.ok_or_else(|| Error::Value(format!("features {shown} have bits beyond 127")))
-            }
-            None => Err(Error::Value(format!("features {} are negative", self.value))),
-        }
-    }
 }
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Int {
@@ -69,5 +57,44 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Int {
             }
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Accepted feature bits, 0 to 127 (2.2), as one integer. A member of an enumeration names one bit by its number, and would be read as other
+/// bits: it is refused.
+pub struct Mask(Int);
+
+impl Mask {
+    /// No bits.
+    pub const NONE: Mask = Mask(Int::new(0));
+
+    /// The bits.
+    pub fn bits(&self) -> Result<u128, Error> {
+        let Mask(Int { value, huge }) = self;
+        match huge {
+            None if *value >= 0 => Ok(*value as u128),
+            // Bit 127 is the one that an i128 has no room for.
+            Some(shown) => {
+                let bits = shown.strip_prefix("0x").and_then(|digits| u128::from_str_radix(digits, 16).ok());
+                bits.ok_or_else(|| Error::Value(format!("features {shown} have bits beyond 127")))
+            }
+            None => Err(Error::Value(format!("features {value} are negative"))),
+        }
+    }
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Mask {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if !object.is_exact_instance_of::<PyInt>() {
+            let kinds = object.py().import("enum")?;
+            if object.is_instance(&kinds.getattr("Enum")?)? && !object.is_instance(&kinds.getattr("Flag")?)? {
+                let member = format!("{}.{}", object.get_type().name()?, object.getattr("name")?);
+                let message = format!("features is {member}, the number of a bit: pass a mask (1 << {member}) or a Features set");
+                return Err(PyTypeError::new_err(message));
+            }
+        }
+        Ok(Mask(object.extract()?))
     }
 }

@@ -1,6 +1,6 @@
 //! `DeviceQueue`: the device's side of one virtqueue.
 
-use crate::args::Int;
+use crate::args::{Int, Mask};
 use crate::batch::ChainBatch;
 use crate::burst::Burst;
 use crate::chain::Chain;
@@ -149,7 +149,7 @@ impl DeviceQueue {
 #[pymethods]
 impl DeviceQueue {
     #[new]
-    #[pyo3(signature = (memory, size, areas, *, features = Int::new(0), index = Int::new(0), max_size = Int::new(32768), chain_limit = None,
+    #[pyo3(signature = (memory, size, areas, *, features = Mask::NONE, index = Int::new(0), max_size = Int::new(32768), chain_limit = None,
                         base = None),
            text_signature = "(memory, size, areas, *, features=0, index=0, max_size=32768, chain_limit=None, base=None)")]
     #[allow(clippy::too_many_arguments, reason = "keywords in Python")]
@@ -157,7 +157,7 @@ impl DeviceQueue {
         memory: &Bound<'_, GuestMemory>,
         size: Int,
         areas: &Bound<'_, PyAny>,
-        features: Int,
+        features: Mask,
         index: Int,
         max_size: Int,
         chain_limit: Option<Int>,

@@ -1,6 +1,6 @@
 //! `DriverQueue`: the driver's side of one virtqueue.
 
-use crate::args::Int;
+use crate::args::{Int, Mask};
 use crate::burst::Burst;
 use crate::errors::{self, Error};
 use crate::eventfd::EventFd;
@@ -189,13 +189,13 @@ fn segments(to: &mut Vec<Segment>, from: &Bound<'_, PyAny>, direction: Direction
 #[pymethods]
 impl DriverQueue {
     #[new]
-    #[pyo3(signature = (memory, size, *, features = Int::new(0), address = Int::new(0), index = Int::new(0), indirect_limit = Int::new(0)),
+    #[pyo3(signature = (memory, size, *, features = Mask::NONE, address = Int::new(0), index = Int::new(0), indirect_limit = Int::new(0)),
            text_signature = "(memory, size, *, features=0, address=0, index=0, indirect_limit=0)")]
     fn new(
         py: Python<'_>,
         memory: &Bound<'_, Memory>,
         size: Int,
-        features: Int,
+        features: Mask,
         address: Int,
         index: Int,
         indirect_limit: Int,

@@ -21,7 +21,7 @@ mod pool;
 mod ring;
 mod tokens;
 
-use args::Int;
+use args::{Int, Mask};
 use errors::Error;
 use pyo3::prelude::*;
 use std::time::Duration;
@@ -37,9 +37,9 @@ fn need_event(event: Int, new: Int, old: Int) -> Result<bool, Error> {
 type Extent = (u64, u64);
 
 #[pyfunction]
-#[pyo3(signature = (size, *, features = Int::new(0)), text_signature = "(size, *, features=0)")]
-fn layout(size: Int, features: Int) -> Result<(Extent, Extent, Extent), Error> {
-    let (format, _) = RingFeatures::from_bits(features.features()?);
+#[pyo3(signature = (size, *, features = Mask::NONE), text_signature = "(size, *, features=0)")]
+fn layout(size: Int, features: Mask) -> Result<(Extent, Extent, Extent), Error> {
+    let (format, _) = RingFeatures::from_bits(features.bits()?);
     let max = virtqueue::spec::MAX_SIZE;
     let size = virtqueue::check_size(format, size.within("queue size", 1, max.into())?, max.into())?;
     let [descriptor, driver, device] = virtqueue::layout(format, size);

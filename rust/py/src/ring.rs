@@ -1,6 +1,6 @@
 //! What both ends of a virtqueue are asked alike: size, format, features, addresses.
 
-use crate::args::Int;
+use crate::args::{Int, Mask};
 use crate::errors::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,8 +18,8 @@ pub struct Ring {
 
 impl Ring {
     /// Checks size, features and index; the areas are still to come.
-    pub fn new(size: &Int, features: &Int, index: &Int, max_size: u64) -> Result<Self, Error> {
-        let bits = features.features()?;
+    pub fn new(size: &Int, features: &Mask, index: &Int, max_size: u64) -> Result<Self, Error> {
+        let bits = features.bits()?;
         let (format, features) = RingFeatures::from_bits(bits);
         let size = check_size(format, size.within("queue size", 1, max_size.into())?, max_size)?;
         let index = index.within("queue index", 0, u16::MAX.into())?;
