@@ -194,7 +194,7 @@ class BufferPool:
         """How many slots are free. StatusError: closed, or another process's; here as in all that follows."""
     @property
     def drops(self) -> int:
-        """Packets that were given back while they waited to be sent, and chains that no burst could hold."""
+        """Packets that were given back while they waited to be sent or met too short a chain, and chains that no burst could hold."""
     @property
     def frames(self) -> NDArray[np.uint8]:
         """The slots without their headroom: shape (slots, slot_size - HEADROOM), column 0 the first byte of a frame. A writable view."""
@@ -506,10 +506,11 @@ class DeviceQueue:
     def complete_burst(self, burst: Burst) -> int:
         """Gives back what the burst holds; completes, with length 0, and publishes every chain whose slots came back; returns how many."""
     def fill_burst(self, burst: Burst) -> int:
-        """Copies the burst's packets into writable chains, one each, completes, publishes, and notifies; returns how many chains.
+        """Copies the burst's packets into writable chains, one each, completes, publishes, and notifies; returns how many were copied.
 
-        The slots of what was sent are free again; what found no chain stays in front. ValueError: an illegal row, or a packet longer than
-        its chain's writable bytes.
+        The slots of what was sent are free again; what found no chain stays in front. A packet that is longer than its chain's writable
+        bytes is lost: the chain is completed with length 0, and that counts as `dropped` and in `BufferPool.drops`. ValueError: an illegal
+        row.
         """
     def arm(self) -> bool:
         """Asks for a notification at the next available chain; True if there is something to look at already (2.7.10.2, 2.8.10)."""

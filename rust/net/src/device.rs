@@ -242,10 +242,12 @@ impl DeviceBursts {
     }
 
     /// Copies the burst's packets into the writable bytes of chains, one each, and completes these; the slots of what was sent are free
-    /// again, the other packets move to the burst's front. Nobody sees it before `publish`. Tells how many chains; with the pool's lock held.
+    /// again, the other packets move to the burst's front. A packet that is longer than its chain is dropped and counted, here and in the
+    /// pool, and the chain completed with length 0: a driver that posts too little must not stop the queue. Nobody sees it before `publish`.
+    /// Tells how many packets were copied; with the pool's lock held.
     ///
     /// # Errors
-    /// `Row`, `PacketTooLong`: nothing is done then. `Ring` for a mistake of the driver.
+    /// `Row`: nothing is done then. `Ring` for a mistake of the driver.
     #[inline]
     pub fn fill<R: DeviceRing>(&mut self, queue: &mut DeviceQueue<R>, state: &mut PoolState, burst: &Burst) -> Result<usize, BurstError> {
         self.make_room(queue, burst);
@@ -254,18 +256,11 @@ impl DeviceBursts {
         self.batch.clear_for(packets);
         let popped = queue.pop_batch(&mut self.batch)?;
         self.completions.clear();
-        for (packet, (rows, chain)) in self.rows.chunk_by(|row, _| row.more).zip(self.batch.chains()).enumerate() {
-            let bytes: u64 = rows.iter().map(|row| u64::from(row.length)).sum();
-            if bytes > u64::from(chain.writable) {
-                let writable = chain.writable;
-                queue.rewind(popped)?;
-                return Err(BurstError::PacketTooLong { packet, bytes, writable });
-            }
-            self.completions.push(Completion { head: chain.head, serial: chain.serial, len: bytes as u32 });
-        }
-        let (mut sent, mut filled, mut fault) = (0, 0, None);
+        let (mut done, mut dropped, mut fault) = (0, 0, None);
         for (rows, chain) in self.rows.chunk_by(|row, _| row.more).zip(self.batch.chains()) {
-            if let Err(error) = copy_in(queue.memory(), self.batch.writable(chain), burst.pool(), rows) {
+            let bytes: u64 = rows.iter().map(|row| u64::from(row.length)).sum();
+            let fits = bytes <= u64::from(chain.writable);
+            if fits && let Err(error) = copy_in(queue.memory(), self.batch.writable(chain), burst.pool(), rows) {
                 fault = Some(error);
                 break;
             }
@@ -275,22 +270,27 @@ impl DeviceBursts {
             for row in rows {
                 state.release(row.slot, burst.owner())?;
             }
-            sent += rows.len();
-            filled += 1;
+            let len = if fits { bytes as u32 } else { 0 };
+            self.completions.push(Completion { head: chain.head, serial: chain.serial, len });
+            dropped += u64::from(!fits);
+            done += rows.len();
         }
+        state.add_drops(dropped);
         if let Some(error) = lost(queue) {
-            keep_rest(burst, &self.rows[sent..]);
+            keep_rest(burst, &self.rows[done..]);
             return Err(error);
         }
-        if let (Some(error), 0) = (&fault, filled) {
+        let taken = self.completions.len();
+        if let (Some(error), 0) = (&fault, taken) {
             return Err(unmapped(queue, error.clone()));
         }
-        if filled < popped {
-            queue.rewind_from(&mut self.batch, filled)?;
+        if taken < popped {
+            queue.rewind_from(&mut self.batch, taken)?;
         }
-        queue.complete_batch(&self.completions[..filled])?;
-        keep_rest(burst, &self.rows[sent..]);
-        Ok(filled)
+        queue.complete_batch(&self.completions[..])?;
+        queue.count_dropped(dropped);
+        keep_rest(burst, &self.rows[done..]);
+        Ok(taken - dropped as usize)
     }
 
     /// Forgets all chains: the device was reset. Slots that are still lent come back without telling. The pool's lock is not held.

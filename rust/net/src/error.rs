@@ -16,16 +16,6 @@ pub enum BurstError {
     /// A row is not legal.
     #[error(transparent)]
     Row(#[from] RowError),
-    /// The packet is longer than the buffer that the driver made available for it.
-    #[error("packet {packet} has {bytes} bytes, the chain for it has {writable} writable bytes")]
-    PacketTooLong {
-        /// Which packet of the burst, from 0.
-        packet: usize,
-        /// Its bytes.
-        bytes: u64,
-        /// The chain's.
-        writable: u32,
-    },
     /// The packet has more rows than the ring has entries, so that it never fits.
     #[error("the packet that ends in burst row {row} has {rows} rows, more than the queue's size {size}")]
     TooManyRows {
