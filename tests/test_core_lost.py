@@ -65,6 +65,7 @@ def lost(call: Callable[[], object], queue: DriverQueue | DeviceQueue, address: 
     with pytest.raises(SpecViolation, match=rf"(?i){address:#x}.*{SIZE}|{SIZE}.*{address:#x}") as raised:
         call()
     assert queue.broken is raised.value
+    assert type(raised.value) is SpecViolation, "whoever owns the file did that, and need not be the other end"
 
 
 @pytest.mark.parametrize("name", ["add", "publish", "pop_used", "arm"])
@@ -101,6 +102,27 @@ def test_a_driver_that_meets_the_zeros_itself(stage: Stage) -> None:
     lost(driver.pop_used, driver, BASE)
     assert (driver.outstanding, driver.pop_used()) == (2, [])
     assert sorted(driver.reset()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+@pytest.mark.parametrize("name", ["pop", "pop_batch", "pop_burst", "fill_burst"])
+def test_a_device_that_meets_the_zeros_itself(stage: Stage, name: str, taken: int) -> None:
+    stage.offer(3, writable=name == "fill_burst")
+    device, burst, batch = stage.device, stage.far.burst(8), stage.device.batch(8)
+    device.pop(taken)
+    fill(burst, [b"waits"])
+    before = device.base, device.outstanding, device.counters
+    stage.truncate(0)
+    calls: dict[str, Callable[[], object]] = {
+        "pop": device.pop,
+        "pop_batch": lambda: device.pop_batch(batch),
+        "pop_burst": lambda: device.pop_burst(burst),
+        "fill_burst": lambda: device.fill_burst(burst),
+    }
+    lost(calls[name], device, BASE)
+    assert (device.base, device.outstanding, device.counters, batch.count) == (*before, 0)
+    assert burst.count == (name != "pop_burst")
+    assert (device.pop(), device.pop_batch(batch), device.arm()) == ([], 0, True)
 
 
 @pytest.mark.parametrize("name", ["read", "write"])

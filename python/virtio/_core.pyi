@@ -8,8 +8,9 @@ forked child they raise `StatusError`, as does everything that was closed. An ar
 raises any of these has changed nothing.
 
 A mistake of the peer raises a `SpecViolation` once, from the call that meets it: `MalformedChain` for a driver's, `BadUsedElement` for a
-device's. The queue keeps it in `broken` and stands still from then on: calls that count return 0, `pop` and `pop_used` return [], `publish`
-returns False, `arm` returns True (there is something to look at), and `add` raises `StatusError`.
+device's, neither of them for memory that its owner truncated, whoever that is. The queue keeps it in `broken` and stands still from then
+on: calls that count return 0, `pop` and `pop_used` return [], `publish` returns False, `arm` returns True (there is something to look at),
+and `add` raises `StatusError`.
 """
 
 import sys

@@ -14,6 +14,7 @@ class VirtioError(Exception):
 class SpecViolation(VirtioError):
     """The peer broke a rule of the specification; the queue or session that met it is broken until it is reset.
 
+    This class itself stands for what has no kind of its own, such as memory that its owner truncated.
     `message` carries the numbers, `section` the section of VIRTIO 1.4 (or the name of the vhost-user message) that was broken.
     """
 

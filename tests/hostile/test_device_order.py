@@ -285,7 +285,7 @@ class Foreign:
         with pytest.raises(SpecViolation) as caught:
             for _ in range(2):
                 self.take(path)
-        assert type(caught.value) is MalformedChain and self.queue.broken is caught.value
+        assert type(caught.value) is SpecViolation and self.queue.broken is caught.value
         for each in DEVICE_PATHS:
             self.take(each)
         assert self.queue.publish() is False and self.queue.arm() is True

@@ -152,9 +152,9 @@ impl DeviceBursts {
         let mut left = usize::from(queue.size());
         loop {
             let (popped, dropped) = self.pop_once(queue, state, burst)?;
-            if let Some(error) = lost(queue) {
+            if let Err(error) = queue.check_memory() {
                 burst.give_back(state);
-                return Err(error);
+                return Err(error.into());
             }
             left = left.saturating_sub(dropped);
             if popped > 0 || dropped == 0 || left == 0 {
@@ -276,9 +276,9 @@ impl DeviceBursts {
             done += rows.len();
         }
         state.add_drops(dropped);
-        if let Some(error) = lost(queue) {
+        if let Err(error) = queue.check_memory() {
             keep_rest(burst, &self.rows[done..]);
-            return Err(error);
+            return Err(error.into());
         }
         let taken = self.completions.len();
         if let (Some(error), 0) = (&fault, taken) {
@@ -306,18 +306,6 @@ fn unmapped<R: DeviceRing>(queue: &mut DeviceQueue<R>, error: MemoryError) -> Bu
     let error = RingError::BufferUnmapped(error);
     queue.break_with(error.clone());
     error.into()
-}
-
-/// Memory that was truncated breaks the queue, once: zeros stand where bytes were, and what was copied is worth nothing (device-24).
-#[inline]
-fn lost<R: DeviceRing>(queue: &mut DeviceQueue<R>) -> Option<BurstError> {
-    let (address, len) = queue.memory().poisoned()?;
-    if queue.broken().is_some() {
-        return None;
-    }
-    let error = RingError::MemoryLost { address, len };
-    queue.break_with(error.clone());
-    Some(error.into())
 }
 
 /// Copies one chain's readable bytes into new slots of the burst, from `row` on. There are enough slots and rows.

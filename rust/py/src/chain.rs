@@ -59,11 +59,12 @@ impl Chain {
         };
         let mapped = each(&mut |segment, _, _, _| table.check(segment.address, segment.len.into()));
         let moved = mapped.and_then(|()| each(&mut |segment, start, at, n| step(table, segment.address.wrapping_add(start), at, n)));
-        let error = match (moved, table.poisoned()) {
-            // Zeros stand where the bytes were.
-            (_, Some((address, len))) => RingError::MemoryLost { address, len },
-            (Err(error), None) => RingError::BufferUnmapped(error),
-            (Ok(()), None) => return Ok(()),
+        let lost = table.poisoned().is_some();
+        open.queue.check_memory()?; // zeros stand where the bytes were
+        let error = match moved {
+            Ok(()) if !lost => return Ok(()),
+            Ok(()) => RingError::Broken,
+            Err(error) => RingError::BufferUnmapped(error),
         };
         if open.queue.broken().is_some() {
             return Err(RingError::Broken.into()); // the first mistake was told

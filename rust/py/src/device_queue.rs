@@ -18,7 +18,7 @@ use virtio_net_path::DeviceBursts;
 use virtqueue::event::Cursor;
 use virtqueue::packed::{PackedDevice, PackedRing};
 use virtqueue::split::{SplitDevice, SplitRing};
-use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingError, RingState, check_chain_limit, spans};
+use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingState, check_chain_limit, spans};
 
 /// What is there until reset or close.
 pub struct Open {
@@ -35,14 +35,13 @@ impl Open {
     /// Shows what was completed, and tells the driver if it wants to know.
     #[inline]
     pub fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
-        if self.queue.broken().is_none()
-            && let Some((address, len)) = self.queue.refresh().poisoned()
-        {
-            let error = RingError::MemoryLost { address, len };
-            self.queue.break_with(error.clone());
-            return Err(error.into());
-        }
+        let sound = self.queue.broken().is_none();
         let wanted = self.queue.publish();
+        if let Some(error) = self.queue.broken()
+            && sound
+        {
+            return Err(error.clone().into());
+        }
         if wanted {
             self.interrupt.ring(ring.index.into())?;
         }

@@ -11,7 +11,7 @@ use crate::tokens::Tokens;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_memory::{BoundToProcess, Doorbell, Region, RegionTable};
 use virtio_net_path::DriverBursts;
 use virtqueue::packed::{PackedDriver, PackedRing};
@@ -30,7 +30,7 @@ struct Open {
     tokens: Tokens,
     bursts: DriverBursts,
     /// The memory, at the addresses that the device sees.
-    table: RegionTable,
+    table: Arc<RegionTable>,
     used: Box<[Used]>,
     _places: Vec<Allocation>,
 }
@@ -39,12 +39,6 @@ impl Open {
     /// Chains in bursts that did not come back.
     fn in_bursts(&self) -> usize {
         usize::from(self.queue.outstanding()).saturating_sub(self.tokens.len()) + self.bursts.ready()
-    }
-
-    /// Why nothing that stands in the memory is true any more, if so (device-24).
-    #[inline]
-    fn lost(&self) -> Option<RingError> {
-        self.table.poisoned().map(|(address, len)| RingError::MemoryLost { address, len })
     }
 
     /// Tokens and bursts do not mix.
@@ -127,17 +121,12 @@ impl DriverQueue {
     #[inline]
     fn with_memory<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
         self.with(py, |open| {
-            if open.queue.broken().is_some() {
-                return call(open);
-            }
-            let result = if open.lost().is_none() { Some(call(open)) } else { None };
-            match (open.lost(), result) {
-                (None, Some(result)) => result,
-                (lost, _) => {
-                    let error = lost.unwrap_or(RingError::Broken);
-                    open.queue.break_with(error.clone());
-                    Err(error.into())
-                }
+            let sound = open.queue.broken().is_none();
+            open.queue.check_memory()?;
+            let result = call(open);
+            match open.queue.broken() {
+                Some(error) if sound => Err(error.clone().into()),
+                _ => result,
             }
         })
     }
@@ -210,7 +199,7 @@ impl DriverQueue {
         };
         let memory = memory.get();
         let mapping = memory.mapping(py)?;
-        let table = RegionTable::new(vec![Region::new(base, mapping.len() as u64, mapping.clone(), 0)?], None)?;
+        let table = Arc::new(RegionTable::new(vec![Region::new(base, mapping.len() as u64, mapping.clone(), 0)?], None)?);
         let mut places = Vec::new();
         let mut place = |bytes: usize| -> Result<usize, Error> {
             let (mapping, place) = memory.take(py, "queue", bytes.next_multiple_of(LINE), LINE)?;
@@ -239,7 +228,7 @@ impl DriverQueue {
             Format::Packed => AnyDriver::Packed(PackedDriver::new(PackedRing::new(ring.size, &areas)?, ring.features, tables)),
         };
         let open = Open {
-            queue: virtqueue::DriverQueue::new(any),
+            queue: virtqueue::DriverQueue::guarded(any, table.clone()),
             doorbell: Doorbell::None,
             tokens: Tokens::new(ring.size),
             bursts: DriverBursts::new(mapping, base, entries.into()),
@@ -343,9 +332,6 @@ impl DriverQueue {
         let chains = self.with_memory(py, |open| {
             let open = open.for_tokens()?;
             let n = open.queue.pop_used_batch(&mut open.used[..limit])?;
-            if open.lost().is_some() {
-                return Ok(Vec::new()); // the tokens stay for reset
-            }
             Ok(open.used[..n].iter().map(|used| (open.tokens.take(used.token), used.len)).collect::<Vec<_>>())
         })?;
         Ok(PyList::new(py, chains)?)

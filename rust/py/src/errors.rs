@@ -83,6 +83,7 @@ impl Error {
 
 static STATUS_ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static QUEUE_FULL: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static SPEC_VIOLATION: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static MALFORMED_CHAIN: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static BAD_USED_ELEMENT: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 
@@ -105,6 +106,7 @@ fn ring(error: &RingError, format: Format) -> PyErr {
         Fault::Caller => PyValueError::new_err(format!("{message} ({section})")),
         Fault::Full => class(&QUEUE_FULL, "QueueFull", (message,)),
         Fault::Driver => class(&MALFORMED_CHAIN, "MalformedChain", (message, section)),
+        Fault::Memory => class(&SPEC_VIOLATION, "SpecViolation", (message, section)),
         Fault::Device => class(&BAD_USED_ELEMENT, "BadUsedElement", (message, section)),
     }
 }

@@ -104,6 +104,20 @@ impl<R: DeviceRing> DeviceQueue<R> {
         &self.view
     }
 
+    /// Breaks the queue if a file under guest memory was truncated: zeros stand where bytes were, and nothing that was read there counts
+    /// (device-24). What `pop_batch` and `publish` ask of themselves; a queue that is broken already passes.
+    ///
+    /// # Errors
+    /// `MemoryLost`, once.
+    #[inline]
+    pub fn check_memory(&mut self) -> Result<(), RingError> {
+        match self.view.poisoned() {
+            Some((address, len)) if self.broken.is_none() => Err(self.latch(RingError::MemoryLost { address, len })),
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
     fn latch(&mut self, error: RingError) -> RingError {
         self.broken = Some(error.clone());
         error
@@ -119,10 +133,16 @@ impl<R: DeviceRing> DeviceQueue<R> {
             return Err(RingError::BatchTooSmall { room: out.segment_capacity(), limit: self.ring.chain_limit() });
         }
         self.view.refresh();
-        if let Some((address, len)) = self.view.poisoned() {
-            return Err(self.latch(RingError::MemoryLost { address, len }));
+        self.check_memory()?;
+        let result = self.ring.pop_batch(&self.view, out);
+        if let Err(error) = self.check_memory() {
+            // Chains that were made of zeros.
+            let popped = result.unwrap_or(0);
+            self.ring.rewind(popped)?;
+            out.truncate(out.chains().len() - popped);
+            return Err(error);
         }
-        match self.ring.pop_batch(&self.view, out) {
+        match result {
             Ok(n) => {
                 self.counters.popped += n as u64;
                 if let (Some(observer), true) = (&mut self.observer, n > 0) {
@@ -168,10 +188,12 @@ impl<R: DeviceRing> DeviceQueue<R> {
         Ok(())
     }
 
-    /// Makes everything completed visible with one store, and tells whether the driver wants to be notified.
+    /// Makes everything completed visible with one store, and tells whether the driver wants to be notified. Nothing is, and the queue
+    /// breaks, if memory was lost.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.broken.is_some() {
+        self.view.refresh();
+        if self.broken.is_some() || self.check_memory().is_err() {
             return false;
         }
         if let Some(observer) = &mut self.observer {
@@ -196,9 +218,9 @@ impl<R: DeviceRing> DeviceQueue<R> {
     }
 
     /// Asks for a notification at the next chain that becomes available, whether or not some are left; true if some are, or if the queue is
-    /// broken.
+    /// broken, or would be by the next `pop_batch` because memory was lost.
     pub fn arm(&mut self) -> bool {
-        self.broken.is_some() || self.ring.arm(&self.view)
+        self.broken.is_some() || self.ring.arm(&self.view) || self.view.poisoned().is_some()
     }
 
     /// Asks for no notifications.

@@ -3,6 +3,8 @@
 use crate::chain::Segment;
 use crate::error::RingError;
 use crate::ring::{Buffer, DriverRing, Form, Snapshot, Used};
+use std::sync::Arc;
+use virtio_memory::RegionTable;
 
 /// What a driver's queue has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct DriverCounters {
 #[derive(Debug)]
 pub struct DriverQueue<R> {
     ring: R,
+    /// Where the ring is, if somebody else could take that away.
+    memory: Option<Arc<RegionTable>>,
     broken: Option<RingError>,
     counters: DriverCounters,
 }
@@ -30,7 +34,12 @@ pub struct DriverQueue<R> {
 impl<R: DriverRing> DriverQueue<R> {
     /// A queue over a ring.
     pub fn new(ring: R) -> Self {
-        DriverQueue { ring, broken: None, counters: DriverCounters::default() }
+        DriverQueue { ring, memory: None, broken: None, counters: DriverCounters::default() }
+    }
+
+    /// As `new`, in memory whose loss breaks the queue.
+    pub fn guarded(ring: R, memory: Arc<RegionTable>) -> Self {
+        DriverQueue { memory: Some(memory), ..DriverQueue::new(ring) }
     }
 
     /// How many entries there are.
@@ -61,6 +70,22 @@ impl<R: DriverRing> DriverQueue<R> {
         self.broken.get_or_insert(error);
     }
 
+    /// Breaks the queue if a file under its memory was truncated: zeros stand where bytes were, and nothing that was read there counts
+    /// (device-24). What all calls that look at the ring ask of themselves; a queue that is broken already passes.
+    ///
+    /// # Errors
+    /// `MemoryLost`, once.
+    #[inline]
+    pub fn check_memory(&mut self) -> Result<(), RingError> {
+        let Some((address, len)) = self.memory.as_ref().and_then(|memory| memory.poisoned()) else { return Ok(()) };
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        let error = RingError::MemoryLost { address, len };
+        self.broken = Some(error.clone());
+        Err(error)
+    }
+
     /// What it has done.
     pub fn counters(&self) -> DriverCounters {
         self.counters
@@ -71,6 +96,7 @@ impl<R: DriverRing> DriverQueue<R> {
         if self.broken.is_some() {
             return Err(RingError::Broken);
         }
+        self.check_memory()?;
         self.ring.add(token, segments, form)?;
         self.counters.added += 1;
         Ok(())
@@ -82,19 +108,21 @@ impl<R: DriverRing> DriverQueue<R> {
         if self.broken.is_some() {
             return Ok(0);
         }
+        self.check_memory()?;
         let n = self.ring.add_batch(buffers)?;
         self.counters.added += n as u64;
         Ok(n)
     }
 
-    /// Makes everything added visible with one store, and tells whether the device wants to be notified.
+    /// Makes everything added visible with one store, and tells whether the device wants to be notified. False, and the queue breaks, if
+    /// memory was lost.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.broken.is_some() {
+        if self.broken.is_some() || self.check_memory().is_err() {
             return false;
         }
         self.ring.publish();
-        self.decide()
+        self.decide() & self.check_memory().is_ok()
     }
 
     #[inline]
@@ -118,7 +146,10 @@ impl<R: DriverRing> DriverQueue<R> {
         if self.broken.is_some() {
             return Ok(0);
         }
-        match self.ring.pop_used_batch(out, &mut self.counters.clamped) {
+        self.check_memory()?;
+        let result = self.ring.pop_used_batch(out, &mut self.counters.clamped);
+        self.check_memory()?; // chains that zeros made used
+        match result {
             Ok(n) => {
                 self.counters.used += n as u64;
                 Ok(n)
@@ -130,9 +161,9 @@ impl<R: DriverRing> DriverQueue<R> {
         }
     }
 
-    /// Asks for a notification at the next used chain; true if there is something to look at already.
+    /// Asks for a notification at the next used chain; true if there is something to look at already, or if the queue is broken.
     pub fn arm(&mut self) -> bool {
-        self.broken.is_some() || self.ring.arm()
+        self.broken.is_some() || self.check_memory().is_err() || self.ring.arm() || self.check_memory().is_err()
     }
 
     /// Asks for no notifications.

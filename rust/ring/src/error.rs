@@ -15,6 +15,8 @@ pub enum Fault {
     Driver,
     /// The device broke a rule: the driver's queue breaks.
     Device,
+    /// Whoever owns the memory took it away: a queue of either side breaks.
+    Memory,
 }
 
 /// What went wrong on a ring.
@@ -98,8 +100,6 @@ pub enum RingError {
     BufferUnmapped(MemoryError),
     #[error("used idx {used} is {behind} behind the avail base {base}, more than the queue's size {size}")]
     RestoredUsedIndex { used: u16, base: u16, behind: u16, size: u16 },
-    #[error("memory at {address:#x} with {len} bytes was taken away by its owner")]
-    MemoryLost { address: u64, len: u64 },
 
     // The device's mistakes, met by the driver side.
     #[error("used idx {index} is {ahead} ahead of {last}, but only {outstanding} chains are outstanding")]
@@ -110,6 +110,10 @@ pub enum RingError {
     UsedIdNotOutstanding { id: u32 },
     #[error("used id {id} stands for a run of {run} chains, but only {limit} were used")]
     InOrderRun { id: u32, run: u16, limit: u16 },
+
+    // Whoever owns the memory.
+    #[error("memory at {address:#x} with {len} bytes was taken away by its owner")]
+    MemoryLost { address: u64, len: u64 },
 }
 
 impl RingError {
@@ -127,14 +131,15 @@ impl RingError {
             AvailIndex { .. } | HeadOutOfRange { .. } | HeadInFlight { .. } | TooManyInFlight { .. } | ChainTooLong { .. } => Fault::Driver,
             NextOutOfRange { .. } | ReadableAfterWritable { .. } | ChainTooManyBytes { .. } | IndirectNotNegotiated => Fault::Driver,
             IndirectLength { .. } | IndirectTooLong { .. } | IndirectWithNext | IndirectNested | IndirectInList => Fault::Driver,
-            IndirectUnmapped(_) | BufferUnmapped(_) | RestoredUsedIndex { .. } | MemoryLost { .. } => Fault::Driver,
+            IndirectUnmapped(_) | BufferUnmapped(_) | RestoredUsedIndex { .. } => Fault::Driver,
+            MemoryLost { .. } => Fault::Memory,
             UsedIndex { .. } | UsedIdOutOfRange { .. } | UsedIdNotOutstanding { .. } | InOrderRun { .. } => Fault::Device,
         }
     }
 
     /// Whether it breaks the queue.
     pub fn breaks(&self) -> bool {
-        matches!(self.fault(), Fault::Driver | Fault::Device)
+        matches!(self.fault(), Fault::Driver | Fault::Device | Fault::Memory)
     }
 
     /// The section of VIRTIO 1.4 that says so, for a ring of this format.
