@@ -48,6 +48,18 @@ def test_words_are_little_endian_and_of_every_width() -> None:
             assert memory.load(16, width) == (1 << 8 * width) - 1
 
 
+def test_bytes_come_from_any_buffer_and_nothing_keeps_it() -> None:
+    memory, source, grows = Memory(64), Memory(8), bytearray(b"12345678")
+    source.write(0, b"12345678")
+    for data in (b"12345678", grows, memoryview(source), np.frombuffer(b"12345678", np.uint8).data):
+        memory.write(0, bytes(8))
+        memory.write(0, data)
+        assert memory.read(0, 8) == b"12345678"
+    grows += b"9"
+    del data
+    source.close()
+
+
 def test_memory_overlapping_itself_is_copied_as_it_was() -> None:
     with Memory(4096) as memory:
         memory.write(0, bytes(range(32)))

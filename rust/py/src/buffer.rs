@@ -1,6 +1,7 @@
 //! The buffer protocol, both ways: bytes of ours for Python, and Python's bytes-like arguments for us. The binding's only unsafe code.
 //!
-//! What is exported stays where it is as long as an export lives, because the export holds its owner. Nothing of a peer's memory is exported.
+//! What is exported stays where it is as long as an export lives, because the export holds its owner. Nothing of a peer's memory is exported,
+//! and what others export is copied before it is looked at.
 
 #![allow(unsafe_code)]
 
@@ -9,10 +10,11 @@ use crate::memory::{Memory, Use};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::PyBytes;
 use std::any::Any;
 use std::ffi::c_int;
 use std::mem::MaybeUninit;
-use std::pin::Pin;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
@@ -96,17 +98,60 @@ pub fn array<'py>(py: Python<'py>, view: View, dtype: &str) -> PyResult<Bound<'p
     py.import("numpy")?.call_method1("frombuffer", (Bound::new(py, view)?, dtype))
 }
 
-/// A bytes-like argument, without a copy. The bytes are for copying only: another thread or a peer may change them meanwhile.
-pub struct Bytes(Pin<Box<ffi::Py_buffer>>);
+/// A bytes-like argument. `bytes` never change and are used where they are; whatever else has a buffer may be memory that another thread or
+/// a peer writes, and is copied first, so that no reference is ever made to it.
+pub enum Bytes {
+    /// `bytes`, kept alive.
+    Constant(PyBackedBytes),
+    /// Our own copy.
+    Copied(Vec<u8>),
+}
 
 impl Bytes {
-    /// The bytes themselves. To be copied from, not to be interpreted in place.
+    /// The bytes themselves.
     pub fn as_slice(&self) -> &[u8] {
-        if self.0.len == 0 {
-            return &[];
+        match self {
+            Bytes::Constant(bytes) => bytes,
+            Bytes::Copied(bytes) => bytes,
         }
-        // SAFETY: `PyBUF_SIMPLE` gives `len` contiguous bytes, which stay until the view is released.
-        unsafe { std::slice::from_raw_parts(self.0.buf.cast(), self.0.len as usize) }
+    }
+}
+
+/// A view of somebody's buffer, released when it is dropped.
+struct Foreign(Box<ffi::Py_buffer>);
+
+impl Foreign {
+    fn of(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let mut view = Box::new(MaybeUninit::<ffi::Py_buffer>::uninit());
+        // SAFETY: a view to fill, in a place that it does not leave before it is released: the box only changes its type.
+        unsafe {
+            if ffi::PyObject_GetBuffer(object.as_ptr(), view.as_mut_ptr(), ffi::PyBUF_SIMPLE) != 0 {
+                return Err(PyErr::fetch(object.py()));
+            }
+            Ok(Foreign(Box::from_raw(Box::into_raw(view).cast())))
+        }
+    }
+
+    /// What stands there now.
+    fn copy(&self) -> Vec<u8> {
+        let len = self.0.len as usize;
+        let mut bytes = Vec::with_capacity(len);
+        if len > 0 {
+            // SAFETY: `PyBUF_SIMPLE` gives `len` contiguous readable bytes, which stay until the view is released; the new vector has room
+            // for them and lies elsewhere. They may change meanwhile, which is why they are reached through pointers only.
+            unsafe {
+                ptr::copy_nonoverlapping(self.0.buf.cast::<u8>().cast_const(), bytes.as_mut_ptr(), len);
+                bytes.set_len(len);
+            }
+        }
+        bytes
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        // SAFETY: filled by `of`, released once; arguments are extracted while the thread is attached.
+        Python::attach(|_| unsafe { ffi::PyBuffer_Release(ptr::from_mut(&mut *self.0)) });
     }
 }
 
@@ -114,21 +159,9 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Bytes {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        let mut view = Box::pin(MaybeUninit::<ffi::Py_buffer>::uninit());
-        // SAFETY: a view to fill, in a place that it never leaves.
-        unsafe {
-            if ffi::PyObject_GetBuffer(object.as_ptr(), view.as_mut_ptr(), ffi::PyBUF_SIMPLE) != 0 {
-                return Err(PyErr::fetch(object.py()));
-            }
-            let place = Box::into_raw(Pin::into_inner_unchecked(view));
-            Ok(Bytes(Box::into_pin(Box::from_raw(place.cast()))))
+        match object.cast_exact::<PyBytes>() {
+            Ok(bytes) => Ok(Bytes::Constant(bytes.to_owned().into())),
+            Err(_) => Ok(Bytes::Copied(Foreign::of(object)?.copy())),
         }
-    }
-}
-
-impl Drop for Bytes {
-    fn drop(&mut self) {
-        // SAFETY: filled by `extract`, released once; arguments are dropped while the thread is attached.
-        Python::attach(|_| unsafe { ffi::PyBuffer_Release(ptr::from_mut(&mut *self.0)) });
     }
 }
