@@ -33,5 +33,12 @@ def test_rng_reads_through_both_formats(tmp_path: Path) -> None:
     assert len({match[2] for match in found if match}) == 2
 
 
+def test_ports_move_frames(tmp_path: Path) -> None:
+    assert "3 arrived, 3 sent back, 3 received" in output(example("frames.py"), tmp_path)
+    assert output(example("forward.py"), tmp_path).startswith("6400 frames forwarded, 384000 bytes, drops: none")
+    assert output(example("count.py"), tmp_path) == "80 frames, 5160 bytes\n"
+    assert re.search("echo type 0, checksum 2b45, ping", output(example("answer.py"), tmp_path))
+
+
 def test_new_device_answers_on_both_queues(tmp_path: Path) -> None:
     assert output(example("new_device.py"), tmp_path).split() == ["crc32", "41c32c27", "adler32", "7bff0939"]

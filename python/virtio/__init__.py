@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from virtio._core import Chain, ChainBatch, DeviceQueue, DriverQueue, EventFd, __version__, layout, need_event
     from virtio.device import Device
+    from virtio.devices.net import NetDevice, NetDriver
+    from virtio.devices.net_header import NetFeature
     from virtio.driver import Driver
     from virtio.errors import (
         BadUsedElement,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from virtio.features import Features, Requires
     from virtio.memory import GuestMemory, Memory
     from virtio.pool import BufferPool, Burst
+    from virtio.port import Port
     from virtio.spec import DeviceId, Feature, Status
     from virtio.transport import Transport
 
@@ -49,6 +52,10 @@ __all__ = [
     "MalformedChain",
     "MalformedMessage",
     "Memory",
+    "NetDevice",
+    "NetDriver",
+    "NetFeature",
+    "Port",
     "QueueFull",
     "Requires",
     "SpecViolation",
@@ -66,10 +73,13 @@ if not TYPE_CHECKING:  # a type checker is to see the names above, and no others
     _HOMES = {
         "virtio._core": ("Chain", "ChainBatch", "DeviceQueue", "DriverQueue", "EventFd", "__version__", "layout", "need_event"),
         "virtio.device": ("Device",),
+        "virtio.devices.net": ("NetDevice", "NetDriver"),
+        "virtio.devices.net_header": ("NetFeature",),
         "virtio.driver": ("Driver",),
         "virtio.features": ("Features", "Requires"),
         "virtio.memory": ("GuestMemory", "Memory"),
         "virtio.pool": ("BufferPool", "Burst"),
+        "virtio.port": ("Port",),
         "virtio.spec": ("DeviceId", "Feature", "Status"),
         "virtio.transport": ("Transport",),
     }

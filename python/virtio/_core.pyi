@@ -27,7 +27,9 @@ __all__ = [
     "Burst",
     "Chain",
     "ChainBatch",
+    "DevicePort",
     "DeviceQueue",
+    "DriverPort",
     "DriverQueue",
     "EventFd",
     "GuestMemory",
@@ -36,6 +38,7 @@ __all__ = [
     "_hold",
     "layout",
     "need_event",
+    "net_header_size",
 ]
 
 __version__: str
@@ -526,6 +529,114 @@ class DeviceQueue:
         """Chains `popped`, `used` and `dropped`; publishes `notified` and `suppressed`. Stays after `close`."""
     def close(self) -> None:
         """Ends the queue; again does nothing. Chains in flight are neither completed nor handed back."""
+
+@final
+class DriverPort:
+    """The driver's end of a network device's queue pair (5.1.6): each call is one crossing for a whole burst.
+
+    The header before each frame ends where the frame begins: a packet's first row is at offset `HEADROOM`, its chain starts `header_size`
+    before. Rows of later receive buffers of a packet start there too. The port keeps receive buffers with the device: `refill` at the
+    start, every receiving call afterwards.
+
+    ValueError: a burst of another pool. BadUsedElement: the device broke a rule. StatusError: a queue or the pool is closed.
+    """
+
+    def __new__(
+        cls,
+        receiveq: DriverQueue,
+        transmitq: DriverQueue,
+        pool: BufferPool,
+        *,
+        features: SupportsIndex,
+        buffer_size: int = 1,
+        buffers: int = 32768,
+    ) -> Self:
+        """`features`: what was accepted, VERSION_1 included. `buffer_size`: the least bytes of a receive buffer, header included: it takes
+        as many slots as that needs. `buffers`: the most buffers that the device has at one time.
+
+        ValueError: no VERSION_1, one queue twice, a pool outside the queues' memory, or a buffer of more slots than queue or pool have.
+        """
+    @property
+    def receiveq(self) -> DriverQueue:
+        """Where frames come from."""
+    @property
+    def transmitq(self) -> DriverQueue:
+        """Where frames go."""
+    @property
+    def pool(self) -> BufferPool:
+        """Whose slots they are in."""
+    @property
+    def header_size(self) -> int:
+        """Bytes of the header (5.1.6)."""
+    def refill(self) -> int:
+        """Gives the device receive buffers, as many as it is to have and the pool has slots for; returns how many."""
+    def take(self, burst: Burst) -> int:
+        """Frees the slots of what was sent, takes back what the burst holds, and fills it with slots whose headers are zero; how many."""
+    def send(self, burst: Burst) -> int:
+        """Sends the burst's packets, publishes, and notifies; returns how many. What did not fit stays in front.
+
+        The header before each packet is made fit for the device: a checksum that it would not complete is completed here; segmentation that
+        it did not accept, and claims that cannot be, are dropped and counted. ValueError: an illegal row, a packet of more rows than the
+        queue has entries, or no room for a header before one.
+        """
+    def receive(self, burst: Burst) -> int:
+        """Gives back what the burst holds, fills it with received packets, and gives the device new buffers; returns how many packets.
+
+        The header before each is what is believed of it; packets whose header is not, or that have more rows than the burst, are dropped
+        and counted. `num_buffers` counts only with MRG_RXBUF.
+        """
+    def send_frames(self, frames: Iterable[Buffer]) -> int:
+        """Copies and sends frames; returns how many fitted, from the first on. ValueError: one without bytes, or too long for any slots."""
+    def receive_frames(self, limit: int = 64) -> list[bytes]:
+        """Copies of received frames, at most `limit`; their slots are the device's again."""
+    @property
+    def counters(self) -> dict[str, Any]:
+        """`sent_frames`, `sent_bytes`, `sent_drops` (by reason: short, long, checksum, gso, num_buffers, missing, offload); so received."""
+
+@final
+class DevicePort:
+    """The device's end of a network device's queue pair (5.1.6): as `DriverPort`, with the names of the driver's queues.
+
+    What the driver transmitted is copied once, into slots of the burst's pool, and its chain is completed when these have come back, at the
+    next `receive` or `take`. MalformedChain: the driver broke a rule. StatusError: a queue or the pool is closed.
+    """
+
+    def __new__(cls, receiveq: DeviceQueue, transmitq: DeviceQueue, *, features: SupportsIndex) -> Self:
+        """`features`: what was accepted, VERSION_1 included. ValueError: it is not, or one queue twice."""
+    @property
+    def receiveq(self) -> DeviceQueue:
+        """Where frames go: the queue from which the driver receives."""
+    @property
+    def transmitq(self) -> DeviceQueue:
+        """Where frames come from."""
+    @property
+    def header_size(self) -> int:
+        """Bytes of the header (5.1.6)."""
+    def take(self, burst: Burst) -> int:
+        """Takes back what the burst holds, completes chains whose slots came back, and fills it with slots whose headers are zero."""
+    def send(self, burst: Burst) -> int:
+        """Copies the burst's packets into receive buffers, publishes, and notifies; returns how many. What found no buffer stays in front.
+
+        With MRG_RXBUF a packet may take several buffers, all but the last filled completely. Headers as in `DriverPort.send`; a packet
+        longer than the driver's buffer is dropped and counted. ValueError: an illegal row, or no room for a header before one.
+        """
+    def receive(self, burst: Burst) -> int:
+        """Gives back what the burst holds, completes chains whose slots came back, and fills it with transmitted packets; how many.
+
+        Packets that are not believed, or that no burst holds, are completed, dropped and counted. ValueError: a burst of another pool than
+        chains in flight.
+        """
+    def send_frames(self, frames: Iterable[Buffer]) -> int:
+        """Copies frames into receive buffers; returns how many are done with, from the first on: one longer than the driver's buffer is
+        dropped and counted. ValueError: one without bytes, or longer than 65589."""
+    def receive_frames(self, limit: int = 64) -> list[bytes]:
+        """Copies of transmitted frames, at most `limit`; their chains are completed."""
+    @property
+    def counters(self) -> dict[str, Any]:
+        """As of `DriverPort`."""
+
+def net_header_size(features: SupportsIndex) -> int:
+    """Bytes of the header before each frame under these features, for both sides (5.1.6): 10, 12, 20, 24 or 32."""
 
 def need_event(event: int, new: int, old: int) -> bool:
     """Whether going from index `old` to `new` passes `event`, all of 16 bits (2.7.7.1). ValueError: beyond 65535."""

@@ -8,19 +8,19 @@ use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing, RingErro
 
 /// A chain whose bytes stand in slots, by its head.
 #[derive(Clone, Copy, Debug, Default)]
-struct Lent {
-    serial: u32,
+pub(crate) struct Lent {
+    pub serial: u32,
     /// Slots that did not come back yet.
-    slots: u32,
+    pub slots: u32,
 }
 
 /// What the queue has of one pool: a number under which it hears of its slots' return.
 #[derive(Debug)]
-struct Held {
-    pool: Arc<BufferPool>,
-    lender: Lender,
+pub(crate) struct Held {
+    pub pool: Arc<BufferPool>,
+    pub lender: Lender,
     /// The head of the chain that a slot stands for.
-    chain_of: Box<[u16]>,
+    pub chain_of: Box<[u16]>,
 }
 
 impl Held {
@@ -43,13 +43,17 @@ impl Drop for Held {
 /// Bursts for one device's queue.
 #[derive(Debug)]
 pub struct DeviceBursts {
-    held: Option<Held>,
-    lent: Box<[Lent]>,
+    pub(crate) held: Option<Held>,
+    pub(crate) lent: Box<[Lent]>,
     /// How many chains are lent.
-    chains: usize,
-    batch: ChainBatch,
-    completions: Vec<Completion>,
-    rows: Vec<Row>,
+    pub(crate) chains: usize,
+    pub(crate) batch: ChainBatch,
+    pub(crate) completions: Vec<Completion>,
+    pub(crate) rows: Vec<Row>,
+    /// Room for a packet's bytes.
+    pub(crate) scratch: Vec<u8>,
+    /// Writable bytes of the receive buffer that was filled last: what the next ones are taken to have.
+    pub(crate) buffer_size: u32,
 }
 
 impl DeviceBursts {
@@ -63,6 +67,8 @@ impl DeviceBursts {
             batch: queue.batch(1),
             completions: Vec::with_capacity(size),
             rows: Vec::new(),
+            scratch: Vec::new(),
+            buffer_size: 0,
         }
     }
 
@@ -302,7 +308,7 @@ impl DeviceBursts {
 
 /// A buffer that the driver put outside its memory breaks the queue.
 #[cold]
-fn unmapped<R: DeviceRing>(queue: &mut DeviceQueue<R>, error: MemoryError) -> BurstError {
+pub(crate) fn unmapped<R: DeviceRing>(queue: &mut DeviceQueue<R>, error: MemoryError) -> BurstError {
     let error = RingError::BufferUnmapped(error);
     queue.break_with(error.clone());
     error.into()

@@ -8,29 +8,29 @@ use virtio_memory::{BufferPool, Burst, Mapping, Owner, PoolState, Row};
 use virtqueue::{Buffer, Direction, DriverQueue, DriverRing, Form, Segment, Used};
 
 /// A token is the slot below, the row's offset above it. This bit marks a chain of several slots, whose rows are in `Held::links`.
-const LINKED: u64 = 1 << 63;
-const OFFSET_SHIFT: u32 = 32;
+pub(crate) const LINKED: u64 = 1 << 63;
+pub(crate) const OFFSET_SHIFT: u32 = 32;
 /// Ends a list of links.
-const LAST: u32 = u32::MAX;
+pub(crate) const LAST: u32 = u32::MAX;
 
 /// A row of a chain of several slots, by its slot.
 #[derive(Clone, Copy, Debug, Default)]
-struct Link {
-    next: u32,
-    offset: u32,
-    length: u32,
+pub(crate) struct Link {
+    pub next: u32,
+    pub offset: u32,
+    pub length: u32,
 }
 
 /// What the queue has of one pool: a number that owns the slots in its chains.
 #[derive(Debug)]
-struct Held {
-    pool: Arc<BufferPool>,
-    owner: Owner,
-    links: Box<[Link]>,
+pub(crate) struct Held {
+    pub pool: Arc<BufferPool>,
+    pub owner: Owner,
+    pub links: Box<[Link]>,
 }
 
 impl Held {
-    fn new(pool: Arc<BufferPool>) -> Self {
+    pub fn new(pool: Arc<BufferPool>) -> Self {
         let owner = pool.lock().new_owner();
         let links = vec![Link::default(); pool.slots() as usize].into();
         Held { pool, owner, links }
@@ -52,17 +52,23 @@ impl Drop for Held {
 #[derive(Debug)]
 pub struct DriverBursts {
     /// The memory that the device sees, its first byte at `base`.
-    mapping: Arc<Mapping>,
-    base: u64,
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) base: u64,
     /// Entries of an indirect table, 0 without.
-    indirect: usize,
-    held: Option<Held>,
-    rows: Vec<Row>,
-    buffers: Vec<Buffer>,
-    segments: Vec<Segment>,
-    used: Vec<Used>,
+    pub(crate) indirect: usize,
+    pub(crate) held: Option<Held>,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) buffers: Vec<Buffer>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) used: Vec<Used>,
     /// Those of `used` that had no room in the burst they were popped for.
-    ready: Range<usize>,
+    pub(crate) ready: Range<usize>,
+    /// How many of `ready` a port's packet in front has.
+    pub(crate) merged: usize,
+    /// Slots of packets that a port drops, until they are released.
+    pub(crate) bad: Vec<u32>,
+    /// Room for a packet's bytes.
+    pub(crate) scratch: Vec<u8>,
 }
 
 impl DriverBursts {
@@ -78,6 +84,9 @@ impl DriverBursts {
             segments: Vec::new(),
             used: Vec::new(),
             ready: 0..0,
+            merged: 1,
+            bad: Vec::new(),
+            scratch: Vec::new(),
         }
     }
 
@@ -307,7 +316,7 @@ impl DriverBursts {
 }
 
 /// Refuses a packet that never fits.
-fn check_packets(rows: &[Row], size: u16) -> Result<(), BurstError> {
+pub(crate) fn check_packets(rows: &[Row], size: u16) -> Result<(), BurstError> {
     let mut end = 0;
     for packet in rows.chunk_by(|row, _| row.more) {
         end += packet.len();
@@ -319,7 +328,7 @@ fn check_packets(rows: &[Row], size: u16) -> Result<(), BurstError> {
 }
 
 /// The rows of a chain of several slots.
-fn links<'a>(held: &'a Held, used: &Used) -> impl Iterator<Item = (u32, Link)> + 'a {
+pub(crate) fn links<'a>(held: &'a Held, used: &Used) -> impl Iterator<Item = (u32, Link)> + 'a {
     let mut next = used.token as u32;
     std::iter::from_fn(move || {
         let link = *held.links.get(next as usize)?;

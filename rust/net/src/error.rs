@@ -35,4 +35,24 @@ pub enum BurstError {
     /// The pool's slots are not where the queue's device looks.
     #[error("the burst's pool is not in the memory that this queue was made with")]
     OtherMemory,
+    /// There is no room for the header before a packet.
+    #[error("burst row {row}: offset {offset} leaves no room for a header of {header} bytes")]
+    NoHeadroom {
+        /// The packet's first row.
+        row: usize,
+        /// Where its bytes start.
+        offset: u32,
+        /// Bytes of the header.
+        header: usize,
+    },
+    /// A frame without bytes, or of more than ever fit.
+    #[error("frame {frame} has {bytes} bytes, which is not in 1 to {max}")]
+    BadFrame {
+        /// Which frame, from 0.
+        frame: usize,
+        /// Its bytes.
+        bytes: usize,
+        /// The most that it may have.
+        max: usize,
+    },
 }

@@ -2,16 +2,28 @@
 //! the driver's side and one on the device's.
 //!
 //! [`DriverBursts`] and [`DeviceBursts`] stand beside a [`virtqueue::DriverQueue`] and a [`virtqueue::DeviceQueue`]. Their calls want the
-//! pool's lock held, and never split a packet. What a packet means is not known here.
+//! pool's lock held, and never split a packet.
+//!
+//! Upon them stand the two ends of a network device's queues (5.1.6), in the same types: `send` and `receive` on bursts, `send_frames` and
+//! `receive_frames` on bytes, with the header ([`header`]) read, checked and written in the slots' headroom.
 #![forbid(unsafe_code)]
 
+pub mod checksum;
 mod device;
+mod device_port;
 mod driver;
+mod driver_port;
+mod driver_receive;
 mod error;
+pub mod header;
+mod port;
 
 pub use device::DeviceBursts;
 pub use driver::DriverBursts;
+pub use driver_port::fill_clean;
+pub use driver_receive::ReceiveBuffers;
 pub use error::BurstError;
+pub use port::{Frames, Rules, Traffic};
 
 use virtio_memory::{Burst, Row};
 

@@ -24,7 +24,7 @@ use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingState,
 pub struct Open {
     pub queue: virtqueue::DeviceQueue<AnyDevice>,
     interrupt: Doorbell,
-    bursts: DeviceBursts,
+    pub bursts: DeviceBursts,
     /// How often chains were handed back: batches may name some that are not in flight then.
     pub rewinds: u64,
     /// For `pop`; made when it is first called.

@@ -24,11 +24,11 @@ const DEFAULT_INDIRECT: u16 = 16;
 const LINE: usize = 64;
 
 /// What is there until reset or close.
-struct Open {
-    queue: virtqueue::DriverQueue<AnyDriver>,
+pub struct Open {
+    pub queue: virtqueue::DriverQueue<AnyDriver>,
     doorbell: Doorbell,
     tokens: Tokens,
-    bursts: DriverBursts,
+    pub bursts: DriverBursts,
     /// The memory, at the addresses that the device sees.
     table: Arc<RegionTable>,
     used: Box<[Used]>,
@@ -50,7 +50,7 @@ impl Open {
     }
 
     #[inline]
-    fn for_bursts(&mut self) -> Result<&mut Self, Error> {
+    pub fn for_bursts(&mut self) -> Result<&mut Self, Error> {
         match self.tokens.len() {
             0 => Ok(self),
             chains => Err(Error::Value(format!("{chains} chains with tokens are outstanding: take them back by pop_used first"))),
@@ -58,7 +58,7 @@ impl Open {
     }
 
     #[inline]
-    fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
+    pub fn publish(&mut self, ring: &Ring) -> Result<bool, Error> {
         let wanted = self.queue.publish();
         if wanted {
             self.doorbell.ring(self.notification(ring))?;
@@ -95,7 +95,7 @@ impl State {
 
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DriverQueue {
-    ring: Ring,
+    pub ring: Ring,
     process: BoundToProcess,
     state: Mutex<State>,
 }
@@ -119,7 +119,7 @@ impl DriverQueue {
     /// As [`DriverQueue::with`], for calls that look at the rings: a memory that was lost, before the call or in it, breaks the queue, and
     /// what the call found there is not told.
     #[inline]
-    fn with_memory<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+    pub fn with_memory<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
         self.with(py, |open| {
             let sound = open.queue.broken().is_none();
             open.queue.check_memory()?;

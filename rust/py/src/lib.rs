@@ -18,6 +18,9 @@ mod guest;
 mod lock;
 mod memory;
 mod pool;
+mod port;
+mod port_device;
+mod port_driver;
 mod ring;
 mod tokens;
 
@@ -80,6 +83,12 @@ mod _core {
     use super::memory::Memory;
     #[pymodule_export]
     use super::pool::BufferPool;
+    #[pymodule_export]
+    use super::port::net_header_size;
+    #[pymodule_export]
+    use super::port_device::DevicePort;
+    #[pymodule_export]
+    use super::port_driver::DriverPort;
     #[pymodule_export]
     use super::{_hold, layout, need_event};
 

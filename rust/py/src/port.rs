@@ -1,0 +1,81 @@
+//! What `DriverPort` and `DevicePort` share: arguments, counters, frames as Python's bytes.
+
+use crate::args::{Int, Mask};
+use crate::buffer::Bytes;
+use crate::errors::Error;
+use crate::lock::lock;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList};
+use std::sync::Mutex;
+use virtio_net_path::header::{Reason, header_size};
+use virtio_net_path::{Frames, Traffic};
+
+#[pyfunction]
+pub fn net_header_size(features: Mask) -> Result<usize, Error> {
+    Ok(header_size(features.bits()?))
+}
+
+/// The accepted bits, if a port can work with them.
+pub fn features(given: &Mask) -> Result<u128, Error> {
+    let features = given.bits()?;
+    match header_size(features) {
+        10 => Err(Error::Value(format!("features {features:#x} lack VERSION_1 (bit 32): there is no legacy header here"))),
+        _ => Ok(features),
+    }
+}
+
+/// Frames to send, held while they are copied.
+pub fn outgoing<'py>(frames: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+    let bytes = |item: Bound<'py, PyAny>| match item.cast_into::<PyBytes>() {
+        Ok(bytes) => Ok(bytes),
+        Err(error) => {
+            let data: Bytes = error.into_inner().extract()?;
+            Ok(PyBytes::new(frames.py(), data.as_slice()))
+        }
+    };
+    if let Ok(list) = frames.cast::<PyList>() {
+        return list.iter().map(bytes).collect();
+    }
+    frames.try_iter()?.map(|item| bytes(item?)).collect()
+}
+
+/// How many frames a call may give.
+pub fn limit(limit: &Int) -> Result<usize, Error> {
+    limit.within("limit", 0, i64::MAX.into())
+}
+
+/// What was received, with room for frames on their way to Python.
+#[derive(Default)]
+pub struct Received {
+    pub traffic: Traffic,
+    pub frames: Frames,
+}
+
+/// Makes Python's bytes of what `receive` left in the frames it is given, outside of the lock.
+pub fn received<'py>(
+    py: Python<'py>,
+    state: &Mutex<Received>,
+    receive: impl FnOnce(&mut Frames, &mut Traffic) -> Result<(), Error>,
+) -> Result<Bound<'py, PyList>, Error> {
+    let mut guard = lock(py, state);
+    let mut frames = std::mem::take(&mut guard.frames);
+    frames.clear();
+    let result = receive(&mut frames, &mut guard.traffic);
+    drop(guard);
+    let list = result.and_then(|()| Ok(PyList::new(py, frames.iter().map(|frame| PyBytes::new(py, frame)))?));
+    lock(py, state).frames = frames;
+    list
+}
+
+/// Counters by name, `sent` or `received` before them.
+pub fn count(to: &Bound<'_, PyDict>, way: &str, traffic: &Traffic) -> PyResult<()> {
+    let drops = PyDict::new(to.py());
+    for (reason, name) in Reason::ALL {
+        if traffic.drops[reason as usize] > 0 {
+            drops.set_item(name, traffic.drops[reason as usize])?;
+        }
+    }
+    to.set_item(format!("{way}_frames"), traffic.frames)?;
+    to.set_item(format!("{way}_bytes"), traffic.bytes)?;
+    to.set_item(format!("{way}_drops"), drops)
+}

@@ -1,0 +1,142 @@
+//! `DevicePort`: the device's end of a network device's queue pair.
+
+use crate::args::{Int, Mask};
+use crate::burst::Burst;
+use crate::device_queue::DeviceQueue;
+use crate::errors::Error;
+use crate::lock::{lock, lock_pool};
+use crate::port::{self, Received};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytesMethods, PyDict, PyList};
+use std::sync::Mutex;
+use virtio_net_path::{DeviceBursts, Rules, Traffic};
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct DevicePort {
+    receiveq: Py<DeviceQueue>,
+    transmitq: Py<DeviceQueue>,
+    rules: Rules,
+    sent: Mutex<Traffic>,
+    received: Mutex<Received>,
+}
+
+#[pymethods]
+impl DevicePort {
+    #[new]
+    #[pyo3(signature = (receiveq, transmitq, *, features))]
+    fn new(receiveq: Py<DeviceQueue>, transmitq: Py<DeviceQueue>, features: Mask) -> Result<Self, Error> {
+        let rules = Rules::device(port::features(&features)?);
+        if receiveq.is(&transmitq) {
+            return Err(Error::Value("a port has two queues, not one twice".into()));
+        }
+        Ok(DevicePort { receiveq, transmitq, rules, sent: Mutex::default(), received: Mutex::default() })
+    }
+
+    #[getter]
+    fn receiveq(&self, py: Python<'_>) -> Py<DeviceQueue> {
+        self.receiveq.clone_ref(py)
+    }
+
+    #[getter]
+    fn transmitq(&self, py: Python<'_>) -> Py<DeviceQueue> {
+        self.transmitq.clone_ref(py)
+    }
+
+    #[getter]
+    fn header_size(&self) -> usize {
+        self.rules.header
+    }
+
+    fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        let shared = &self.transmitq.get().shared;
+        shared.with(py, |open| {
+            open.bursts.bind(&open.queue, &burst.rows)?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            let completed = open.bursts.complete(&mut open.queue, &mut pool, &burst.rows)?;
+            let taken = virtio_net_path::fill_clean(&mut pool, &burst.rows, &self.rules)?;
+            drop(pool);
+            if completed > 0 {
+                open.publish(&shared.ring)?;
+            }
+            Ok(taken)
+        })
+    }
+
+    fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        let shared = &self.receiveq.get().shared;
+        shared.with(py, |open| {
+            let mut pool = lock_pool(py, burst.rows.pool());
+            let sent = open.bursts.send(&mut open.queue, &mut pool, &burst.rows, &self.rules, traffic)?;
+            drop(pool);
+            open.publish(&shared.ring)?;
+            Ok(sent)
+        })
+    }
+
+    fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        burst.shared.check()?;
+        let mut received = lock(py, &self.received);
+        let traffic = &mut received.traffic;
+        let shared = &self.transmitq.get().shared;
+        shared.with(py, |open| {
+            open.bursts.bind(&open.queue, &burst.rows)?;
+            let mut pool = lock_pool(py, burst.rows.pool());
+            if open.bursts.complete(&mut open.queue, &mut pool, &burst.rows)? > 0 {
+                open.publish(&shared.ring)?;
+            }
+            let packets = open.bursts.receive(&mut open.queue, &mut pool, &burst.rows, &self.rules, traffic)?;
+            drop(pool);
+            open.publish(&shared.ring)?; // dropped chains
+            Ok(packets)
+        })
+    }
+
+    fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
+        let frames = port::outgoing(frames)?;
+        DeviceBursts::check_frames(frames.iter().map(|frame| frame.as_bytes()))?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        let shared = &self.receiveq.get().shared;
+        shared.with(py, |open| {
+            let frames = frames.iter().map(|frame| frame.as_bytes());
+            let (done, _) = open.bursts.send_frames(&mut open.queue, frames, &self.rules, traffic)?;
+            open.publish(&shared.ring)?;
+            Ok(done)
+        })
+    }
+
+    #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
+    fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
+        let limit = port::limit(&limit)?;
+        let shared = &self.transmitq.get().shared;
+        port::received(py, &self.received, |frames, traffic| {
+            shared.with(py, |open| {
+                open.bursts.receive_frames(&mut open.queue, frames, limit, &self.rules, traffic)?;
+                open.publish(&shared.ring)?;
+                Ok(())
+            })
+        })
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);
+        let all = PyDict::new(py);
+        port::count(&all, "sent", &sent)?;
+        port::count(&all, "received", &received)?;
+        Ok(all)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.receiveq)?;
+        visit.call(&self.transmitq)
+    }
+}

@@ -1,0 +1,206 @@
+//! `DriverPort`: the driver's end of a network device's queue pair.
+
+use crate::args::{Int, Mask};
+use crate::burst::Burst;
+use crate::driver_queue::{DriverQueue, Open};
+use crate::errors::Error;
+use crate::lock::{lock, lock_pool};
+use crate::pool::BufferPool;
+use crate::port::{self, Received};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytesMethods, PyDict, PyList};
+use std::sync::{Arc, Mutex};
+use virtio_memory::HEADROOM;
+use virtio_net_path::{DriverBursts, ReceiveBuffers, Rules, Traffic};
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct DriverPort {
+    receiveq: Py<DriverQueue>,
+    transmitq: Py<DriverQueue>,
+    pool: Py<BufferPool>,
+    slots: Arc<virtio_memory::BufferPool>,
+    rules: Rules,
+    buffers: ReceiveBuffers,
+    sent: Mutex<Traffic>,
+    received: Mutex<Received>,
+}
+
+impl DriverPort {
+    /// Refuses a pool that is closed, and a burst of another one.
+    #[inline]
+    fn check(&self, burst: &Burst) -> Result<(), Error> {
+        burst.shared.check()?;
+        if !Arc::ptr_eq(&self.slots, burst.rows.pool()) {
+            return Err(Error::Value("the burst is not of the port's pool".into()));
+        }
+        Ok(())
+    }
+
+    /// Runs `call` on one of the queues, bound to the pool.
+    #[inline]
+    fn with<T>(
+        &self,
+        py: Python<'_>,
+        queue: &Py<DriverQueue>,
+        capacity: usize,
+        call: impl FnOnce(&mut Open) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let queue = queue.get();
+        queue.with_memory(py, |open| {
+            let open = open.for_bursts()?;
+            open.bursts.bind_pool(&open.queue, &self.slots, capacity)?;
+            let result = call(open)?;
+            open.publish(&queue.ring)?;
+            Ok(result)
+        })
+    }
+}
+
+#[pymethods]
+impl DriverPort {
+    #[new]
+    #[pyo3(signature = (receiveq, transmitq, pool, *, features, buffer_size = Int::new(1), buffers = Int::new(32768)),
+           text_signature = "(receiveq, transmitq, pool, *, features, buffer_size=1, buffers=32768)")]
+    fn new(
+        py: Python<'_>,
+        receiveq: Py<DriverQueue>,
+        transmitq: Py<DriverQueue>,
+        pool: Py<BufferPool>,
+        features: Mask,
+        buffer_size: Int,
+        buffers: Int,
+    ) -> Result<Self, Error> {
+        let rules = Rules::driver(port::features(&features)?);
+        if receiveq.is(&transmitq) {
+            return Err(Error::Value("a port has two queues, not one twice".into()));
+        }
+        pool.get().shared.check()?;
+        let slots = pool.get().shared.pool.clone();
+        let bytes: usize = buffer_size.within("receive buffer size", 1, 1 << 20)?;
+        let each = bytes.div_ceil(slots.slot_size() - HEADROOM + rules.header);
+        let (size, most) = (receiveq.get().ring.size, slots.slots());
+        if each > usize::from(size).min(most as usize) {
+            let message =
+                format!("a receive buffer of {bytes} bytes takes {each} slots: the queue has {size} entries, the pool {most} slots");
+            return Err(Error::Value(message));
+        }
+        let count = buffers.within("receive buffers", 0, 32768)?;
+        let port = DriverPort {
+            receiveq,
+            transmitq,
+            pool,
+            slots,
+            rules,
+            buffers: ReceiveBuffers { slots: each, count },
+            sent: Mutex::default(),
+            received: Mutex::default(),
+        };
+        port.with(py, &port.transmitq, 1, |_| Ok(()))?;
+        port.with(py, &port.receiveq, 1, |_| Ok(()))?;
+        Ok(port)
+    }
+
+    #[getter]
+    fn receiveq(&self, py: Python<'_>) -> Py<DriverQueue> {
+        self.receiveq.clone_ref(py)
+    }
+
+    #[getter]
+    fn transmitq(&self, py: Python<'_>) -> Py<DriverQueue> {
+        self.transmitq.clone_ref(py)
+    }
+
+    #[getter]
+    fn pool(&self, py: Python<'_>) -> Py<BufferPool> {
+        self.pool.clone_ref(py)
+    }
+
+    #[getter]
+    fn header_size(&self) -> usize {
+        self.rules.header
+    }
+
+    fn refill(&self, py: Python<'_>) -> Result<usize, Error> {
+        self.pool.get().shared.check()?;
+        self.with(py, &self.receiveq, 1, |open| {
+            let mut pool = lock_pool(py, &self.slots);
+            Ok(open.bursts.refill(&mut open.queue, &mut pool, &self.rules, self.buffers)?)
+        })
+    }
+
+    fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        self.check(burst)?;
+        self.with(py, &self.transmitq, burst.rows.capacity(), |open| {
+            let mut pool = lock_pool(py, &self.slots);
+            Ok(open.bursts.take(&mut open.queue, &mut pool, &burst.rows, &self.rules)?)
+        })
+    }
+
+    fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        self.check(burst)?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        self.with(py, &self.transmitq, burst.rows.capacity(), |open| {
+            let mut pool = lock_pool(py, &self.slots);
+            Ok(open.bursts.send(&mut open.queue, &mut pool, &burst.rows, &self.rules, traffic)?)
+        })
+    }
+
+    fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        let burst = burst.get();
+        self.check(burst)?;
+        let mut received = lock(py, &self.received);
+        let traffic = &mut received.traffic;
+        self.with(py, &self.receiveq, burst.rows.capacity(), |open| {
+            let mut pool = lock_pool(py, &self.slots);
+            let packets = open.bursts.receive(&mut open.queue, &mut pool, &burst.rows, &self.rules, traffic)?;
+            open.bursts.refill(&mut open.queue, &mut pool, &self.rules, self.buffers)?;
+            Ok(packets)
+        })
+    }
+
+    fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
+        self.pool.get().shared.check()?;
+        let frames = port::outgoing(frames)?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        self.with(py, &self.transmitq, 1, |open| {
+            DriverBursts::check_frames(&open.queue, &self.slots, frames.iter().map(|frame| frame.as_bytes()))?;
+            let mut pool = lock_pool(py, &self.slots);
+            let frames = frames.iter().map(|frame| frame.as_bytes());
+            Ok(open.bursts.send_frames(&mut open.queue, &mut pool, frames, &self.rules, traffic)?)
+        })
+    }
+
+    #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
+    fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
+        self.pool.get().shared.check()?;
+        let limit = port::limit(&limit)?;
+        port::received(py, &self.received, |frames, traffic| {
+            self.with(py, &self.receiveq, 1, |open| {
+                let mut pool = lock_pool(py, &self.slots);
+                open.bursts.receive_frames(&mut open.queue, &mut pool, frames, limit, &self.rules, traffic)?;
+                open.bursts.refill(&mut open.queue, &mut pool, &self.rules, self.buffers)?;
+                Ok(())
+            })
+        })
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);
+        let all = PyDict::new(py);
+        port::count(&all, "sent", &sent)?;
+        port::count(&all, "received", &received)?;
+        Ok(all)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.receiveq)?;
+        visit.call(&self.transmitq)?;
+        visit.call(&self.pool)
+    }
+}
