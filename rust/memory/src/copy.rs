@@ -46,8 +46,19 @@ impl IoVecs {
         self.spans.clear();
     }
 
+    /// Puts private bytes, which outlive the call that the pieces are gathered for, before or behind guest segments.
+    fn private(&mut self, base: *mut u8, len: usize) -> Result<(), MemoryError> {
+        if len == 0 {
+            return Ok(());
+        }
+        if self.pieces.len() == self.limit {
+            return Err(MemoryError::TooManySegments { limit: self.limit });
+        }
+        self.pieces.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+        Ok(())
+    }
+
     fn gather(&mut self, table: &RegionTable, segments: impl IntoIterator<Item = (u64, u32)>) -> Result<(), MemoryError> {
-        self.clear();
         for (address, len) in segments.into_iter().filter(|(_, len)| *len != 0) {
             table.pieces(address, len as usize, |at, _, count| {
                 if self.pieces.len() == self.limit {
@@ -75,13 +86,34 @@ impl RegionTable {
         segments: impl IntoIterator<Item = (u64, u32)>,
         vecs: &mut IoVecs,
     ) -> Result<usize, MemoryError> {
-        let result = vecs.gather(self, segments).and_then(|()| {
-            // SAFETY: the pieces are mapped, checked by `gather`, and stay so while the table lives; the kernel answers EFAULT for pages
-            // that are gone.
+        self.readv_around(fd, &mut [], segments, &mut [], vecs)
+    }
+
+    /// As [`RegionTable::readv`], with private bytes before the segments (a header that is judged before anybody else sees it) and behind
+    /// them (where what did not fit shows). The bytes read, private ones included.
+    ///
+    /// # Errors
+    /// As [`RegionTable::readv`]; each private part that has bytes is one more piece.
+    pub fn readv_around(
+        &self,
+        fd: BorrowedFd<'_>,
+        head: &mut [u8],
+        segments: impl IntoIterator<Item = (u64, u32)>,
+        tail: &mut [u8],
+        vecs: &mut IoVecs,
+    ) -> Result<usize, MemoryError> {
+        vecs.clear();
+        let gathered = vecs
+            .private(head.as_mut_ptr(), head.len())
+            .and_then(|()| vecs.gather(self, segments))
+            .and_then(|()| vecs.private(tail.as_mut_ptr(), tail.len()));
+        let result = gathered.and_then(|()| {
+            // SAFETY: the pieces are the two slices, borrowed for this call alone, and mapped memory, checked by `gather`, that stays so while
+            // the table lives; the kernel answers EFAULT for pages that are gone.
             transfer("readv", || unsafe { libc::readv(fd.as_raw_fd(), vecs.pieces.as_ptr(), vecs.pieces.len() as libc::c_int) })
         });
         if let (Ok(bytes), Some(dirty)) = (&result, self.dirty()) {
-            let mut left = *bytes as u64;
+            let mut left = bytes.saturating_sub(head.len()) as u64;
             for (address, len) in &vecs.spans {
                 let part = left.min(u64::from(*len));
                 dirty.mark(*address, part);
@@ -103,8 +135,25 @@ impl RegionTable {
         segments: impl IntoIterator<Item = (u64, u32)>,
         vecs: &mut IoVecs,
     ) -> Result<usize, MemoryError> {
-        let result = vecs.gather(self, segments).and_then(|()| {
-            // SAFETY: as for readv; the kernel only reads the pieces.
+        self.writev_after(fd, &[], segments, vecs)
+    }
+
+    /// As [`RegionTable::writev`], with private bytes before the segments: a header that was copied and judged. The bytes written, private
+    /// ones included.
+    ///
+    /// # Errors
+    /// As [`RegionTable::writev`]; the private bytes are one more piece.
+    pub fn writev_after(
+        &self,
+        fd: BorrowedFd<'_>,
+        head: &[u8],
+        segments: impl IntoIterator<Item = (u64, u32)>,
+        vecs: &mut IoVecs,
+    ) -> Result<usize, MemoryError> {
+        vecs.clear();
+        let gathered = vecs.private(head.as_ptr().cast_mut(), head.len()).and_then(|()| vecs.gather(self, segments));
+        let result = gathered.and_then(|()| {
+            // SAFETY: as for readv_around; the kernel only reads the pieces.
             transfer("writev", || unsafe { libc::writev(fd.as_raw_fd(), vecs.pieces.as_ptr(), vecs.pieces.len() as libc::c_int) })
         });
         vecs.clear();

@@ -38,7 +38,7 @@ mod word;
 pub use allocator::Allocator;
 pub use burst::Burst;
 pub use copy::IoVecs;
-pub use descriptor::duplicate;
+pub use descriptor::{duplicate, wait_readable};
 pub use dirty::{DirtyBitmap, PAGE_SIZE};
 pub use doorbell::{Doorbell, EventFd, RegisterDoorbell};
 pub use error::MemoryError;

@@ -107,6 +107,43 @@ fn a_truncated_file_is_answered_with_efault() {
 }
 
 #[test]
+fn private_bytes_stand_before_and_behind_guest_segments() {
+    let bitmap = Arc::new(DirtyBitmap::new(16).unwrap());
+    let (table, mut vecs) = (table(Some(bitmap.clone())), IoVecs::new(4).unwrap());
+    let (mut from, mut to) = std::io::pipe().unwrap();
+    to.write_all(&counting(0, 60)).unwrap();
+    let (mut head, mut tail) = ([0; 12], [0; 64]);
+    assert_eq!(table.readv_around(from.as_fd(), &mut head, [(0x2000, 20u32), (0x9000, 20)], &mut tail, &mut vecs), Ok(60));
+    let mut bytes = [0; 20];
+    for (address, start) in [(0x2000, 12), (0x9000, 32)] {
+        table.read(address, &mut bytes).unwrap();
+        assert_eq!(bytes[..], counting(start, 20));
+    }
+    assert_eq!((&head[..], &tail[..8], tail[8]), (&counting(0, 12)[..], &counting(52, 8)[..], 0));
+    assert_eq!(bitmap.take(), [0b0000_0100, 0b0000_0010], "private bytes are nobody's page");
+    assert_eq!(table.writev_after(to.as_fd(), &[7; 12], [(0x2000, 20u32)], &mut vecs), Ok(32));
+    let mut all = [0; 32];
+    from.read_exact(&mut all).unwrap();
+    assert_eq!((&all[..12], &all[12..]), (&[7; 12][..], &counting(12, 20)[..]));
+    // Each private part is a piece of its own, and a short read leaves what it did not reach.
+    to.write_all(&[9; 5]).unwrap();
+    let many = MemoryError::TooManySegments { limit: 4 };
+    assert_eq!(table.readv_around(from.as_fd(), &mut head, [(0x2000, 1u32); 3], &mut tail, &mut vecs), Err(many));
+    assert_eq!(table.readv_around(from.as_fd(), &mut head, [(0x2000, 1u32)], &mut [], &mut vecs), Ok(5));
+    assert_eq!((head[4], head[5]), (9, counting(5, 1)[0]));
+    assert_eq!(bitmap.take(), [0, 0]);
+}
+
+#[test]
+fn whoever_waits_wakes_when_one_of_several_can_be_read() {
+    let ((quiet, _keep), (from, mut to)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    to.write_all(&[1]).unwrap();
+    assert_eq!(virtio_memory::wait_readable([quiet.as_fd(), from.as_fd()]), Ok(()));
+    let many = std::iter::repeat_n(from.as_fd(), 65);
+    assert!(matches!(virtio_memory::wait_readable(many), Err(MemoryError::BadSize { value: 65, max: 64, .. })));
+}
+
+#[test]
 fn a_regular_file_is_a_descriptor_like_any_other() {
     let (table, mut vecs) = (table(None), IoVecs::new(1024).unwrap());
     let file = unsealed(0);
