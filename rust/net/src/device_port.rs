@@ -12,15 +12,20 @@ use virtio_memory::{Burst, HEADROOM, MemoryError, PoolState, RegionTable, Row};
 use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing, Segment};
 
 /// A transmitted chain that is believed.
-struct Incoming {
-    header: Header,
+pub(crate) struct Incoming {
+    pub header: Header,
     /// Bytes of the frame.
-    length: usize,
+    pub length: usize,
 }
 
 /// Looks at a transmitted chain: its header is copied, then judged; all of its memory is there (device-11, device-13, device-14).
 #[inline(always)]
-fn judge(memory: &RegionTable, segments: &[Segment], chain: &Chain, rules: &Rules) -> Result<Result<Incoming, Reason>, MemoryError> {
+pub(crate) fn judge(
+    memory: &RegionTable,
+    segments: &[Segment],
+    chain: &Chain,
+    rules: &Rules,
+) -> Result<Result<Incoming, Reason>, MemoryError> {
     if chain.readable as usize <= rules.header {
         return Ok(Err(Reason::Short));
     }

@@ -17,6 +17,7 @@ mod driver_receive;
 mod error;
 pub mod header;
 mod port;
+pub mod pump;
 
 pub use device::DeviceBursts;
 pub use driver::DriverBursts;
