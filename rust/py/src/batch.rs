@@ -49,6 +49,7 @@ impl Held {
     }
 }
 
+/// Chains of one queue without an object each: columns `readable`, `writable`, `used` (int64 numpy views, bytes).
 #[pyclass(frozen, module = "virtio._core")]
 pub struct ChainBatch {
     queue: Arc<Shared>,
@@ -189,11 +190,13 @@ fn used_length(row: usize, used: &AtomicI64, writable: u32) -> Result<u32, Error
 
 #[pymethods]
 impl ChainBatch {
+    /// How many chains there is room for.
     #[getter]
     fn capacity(&self) -> usize {
         self.capacity
     }
 
+    /// How many chains are in; if set lower, how many the next `complete_batch` means.
     #[getter]
     fn count(&self, py: Python<'_>) -> usize {
         lock(py, &self.held).count
@@ -206,16 +209,19 @@ impl ChainBatch {
         Ok(())
     }
 
+    /// Readable bytes of each chain; shape (capacity,), as of all columns.
     #[getter]
     fn readable(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, 0, |columns| &columns.readable)
     }
 
+    /// Writable bytes of each chain.
     #[getter]
     fn writable(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, 1, |columns| &columns.writable)
     }
 
+    /// Bytes written to each chain: 0 after `pop_batch`, for the caller to set, read by `complete_batch`.
     #[getter]
     fn used(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, 2, |columns| &columns.used)

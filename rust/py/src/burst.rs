@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use virtio_memory::{Column, PoolState, RawRow};
 
+/// Rows of (slot, offset, length, more): the currency of every hot call.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct Burst {
     pub rows: Arc<virtio_memory::Burst>,
@@ -120,16 +121,19 @@ fn length(row: usize, raw: &RawRow, room: usize) -> Result<usize, Error> {
 
 #[pymethods]
 impl Burst {
+    /// Whose slots the rows name.
     #[getter]
     fn pool(&self, py: Python<'_>) -> Py<BufferPool> {
         self.pool.clone_ref(py)
     }
 
+    /// How many rows there is room for.
     #[getter]
     fn capacity(&self) -> usize {
         self.rows.capacity()
     }
 
+    /// How many rows are valid.
     #[getter]
     fn count(&self) -> usize {
         self.rows.count()
@@ -142,21 +146,25 @@ impl Burst {
         Ok(self.rows.set_count(count)?)
     }
 
+    /// Slot numbers; shape (capacity,), as of all columns.
     #[getter]
     fn slots(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, Column::Slots)
     }
 
+    /// Where the bytes start, from the slot's start.
     #[getter]
     fn offsets(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, Column::Offsets)
     }
 
+    /// Bytes.
     #[getter]
     fn lengths(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, Column::Lengths)
     }
 
+    /// 1 where the packet continues in the next row, else 0.
     #[getter]
     fn more(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.column(py, Column::More)
@@ -166,6 +174,7 @@ impl Burst {
         self.rows.count()
     }
 
+    /// Copies `data` to every row's offset, and makes it the row's length.
     fn write(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
         let data = data.as_slice();
         self.rows_once(py, |state, rows| {
@@ -187,14 +196,17 @@ impl Burst {
         })
     }
 
+    /// Puts `data` before the first row of each packet: its offset shrinks and its length grows by as much.
     fn header(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
         self.prepend(py, data.as_slice(), false)
     }
 
+    /// As `header`, with as many bytes for each packet, one after the other.
     fn scatter(&self, py: Python<'_>, headers: Bytes) -> Result<(), Error> {
         self.prepend(py, headers.as_slice(), true)
     }
 
+    /// A copy of a row's bytes.
     fn tobytes<'py>(&self, py: Python<'py>, row: Int) -> Result<Bound<'py, PyBytes>, Error> {
         self.shared.check()?;
         let row = row.within("burst row", 0, self.rows.count() as i128 - 1)?;

@@ -13,6 +13,7 @@ use virtqueue::{Completion, Direction, RingError, Segment};
 /// Takes one piece: its segment, where it starts in there and in the caller's bytes, and its length.
 type Step<'a> = dyn FnMut(&Segment, u64, usize, usize) -> Result<(), MemoryError> + 'a;
 
+/// One buffer that the driver made available: readable bytes first, then writable ones (2.7.4.2).
 #[pyclass(frozen, module = "virtio._core")]
 pub struct Chain {
     pub queue: Arc<Shared>,
@@ -84,31 +85,37 @@ impl Chain {
 
 #[pymethods]
 impl Chain {
+    /// The ring's name for it while it is in flight.
     #[getter]
     fn head(&self) -> u16 {
         self.name.head
     }
 
+    /// How many bytes the device may read.
     #[getter]
     fn readable(&self) -> u32 {
         self.readable
     }
 
+    /// How many bytes the device may write.
     #[getter]
     fn writable(&self) -> u32 {
         self.writable
     }
 
+    /// (address, length, writable) of each segment that is not empty.
     #[getter]
     fn segments(&self) -> Vec<(u64, u32, bool)> {
         self.segments.iter().map(|segment| (segment.address, segment.len, segment.direction == Direction::Writable)).collect()
     }
 
+    /// Whether it is not in flight any more.
     #[getter]
     fn completed(&self, py: Python<'_>) -> Result<bool, Error> {
         self.queue.is_done(py, &self.name)
     }
 
+    /// A copy of readable bytes: `length` of them (by default all) from `offset`.
     #[pyo3(signature = (length = None, *, offset = Int::new(0)), text_signature = "($self, length=None, *, offset=0)")]
     fn read<'py>(&self, py: Python<'py>, length: Option<Int>, offset: Int) -> Result<Bound<'py, PyBytes>, Error> {
         let offset = offset.bytes("offset")?;
@@ -122,6 +129,7 @@ impl Chain {
         })?)
     }
 
+    /// Copies `data` to the writable bytes from `offset`; returns its length.
     #[pyo3(signature = (data, *, offset = Int::new(0)), text_signature = "($self, data, *, offset=0)")]
     fn write(&self, py: Python<'_>, data: Bytes, offset: Int) -> Result<usize, Error> {
         let (data, offset) = (data.as_slice(), offset.bytes("offset")?);

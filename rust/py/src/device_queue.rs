@@ -128,6 +128,7 @@ fn areas_of(areas: &Bound<'_, PyAny>) -> Result<Areas, Error> {
     Ok(Areas { descriptor: descriptor.address()?, driver: driver.address()?, device: device.address()? })
 }
 
+/// The device's side of one virtqueue (2.7, 2.8): pops chains, completes them, publishes the used ones.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DeviceQueue {
     pub shared: Arc<Shared>,
@@ -188,42 +189,50 @@ impl DeviceQueue {
         Ok(DeviceQueue { shared: Arc::new(Shared { ring, process: BoundToProcess::new(), state }) })
     }
 
+    /// How many entries there are.
     #[getter]
     fn size(&self) -> u16 {
         self.shared.ring.size
     }
 
+    /// The queue's number.
     #[getter]
     fn index(&self) -> u16 {
         self.shared.ring.index
     }
 
+    /// Which format it is.
     #[getter]
     fn ring_format(&self) -> &'static str {
         self.shared.ring.name()
     }
 
+    /// Addresses of the descriptor, driver and device area.
     #[getter]
     fn areas(&self) -> (u64, u64, u64) {
         self.shared.ring.addresses()
     }
 
+    /// How many chains are in flight.
     #[getter]
     fn outstanding(&self, py: Python<'_>) -> Result<u16, Error> {
         self.with(py, |open| Ok(open.queue.outstanding()))
     }
 
+    /// The driver's first mistake, once a call raised it.
     #[getter]
     fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
         Ok(self.shared.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
     }
 
+    /// Where to resume: the next available index; packed: offset and wrap counter of it in bits 0 to 15, of the used side above.
     #[getter]
     fn base(&self, py: Python<'_>) -> Result<u32, Error> {
         let state = self.shared.lock(py)?;
         Ok(state.open.as_ref().map_or(state.base, |open| base_of(self.shared.ring.format, open.queue.state())))
     }
 
+    /// What `publish` and burst calls signal when the driver wants to know; None for nothing.
     fn connect(&self, py: Python<'_>, interrupt: Option<&Bound<'_, EventFd>>) -> Result<(), Error> {
         let interrupt = match interrupt {
             Some(event) => Doorbell::EventFd(event.get().event(py)?),
@@ -234,6 +243,7 @@ impl DeviceQueue {
         Ok(())
     }
 
+    /// Takes available chains, at most `limit`; [] if there are none.
     #[pyo3(signature = (limit = None))]
     fn pop<'py>(&self, py: Python<'py>, limit: Option<Int>) -> Result<Bound<'py, PyList>, Error> {
         let limit = ring::limit(limit, self.size())?;
@@ -247,6 +257,7 @@ impl DeviceQueue {
         Ok(PyList::new(py, chains)?)
     }
 
+    /// Gives a chain back, `length` bytes of it written.
     #[pyo3(signature = (chain, length = Int::new(0)), text_signature = "($self, chain, length=0)")]
     fn complete(&self, py: Python<'_>, chain: &Bound<'_, Chain>, length: Int) -> Result<(), Error> {
         let chain = chain.get();
@@ -257,6 +268,7 @@ impl DeviceQueue {
         self.with(py, |open| Ok(open.queue.complete_batch(&[Completion { len, ..chain.name }][..])?))
     }
 
+    /// Hands the `count` newest chains back to the ring, as if they had not been popped.
     #[pyo3(signature = (count = Int::new(1)), text_signature = "($self, count=1)")]
     fn rewind(&self, py: Python<'_>, count: Int) -> Result<(), Error> {
         let count = count.within("count", 0, self.size().into())?;
@@ -270,10 +282,12 @@ impl DeviceQueue {
         })
     }
 
+    /// Makes all completed chains visible with one store, and notifies the driver if it wants it (2.7.7.2, 2.8.10); returns whether.
     fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
         self.with(py, |open| open.publish(&self.shared.ring))
     }
 
+    /// A new, empty batch for this queue with room for `capacity` chains (1 to 32768).
     #[pyo3(signature = (capacity = Int::new(64)), text_signature = "($self, capacity=64)")]
     fn batch(&self, py: Python<'_>, capacity: Int) -> Result<ChainBatch, Error> {
         let capacity = capacity.within("batch capacity", 1, 32768)?;
@@ -281,12 +295,14 @@ impl DeviceQueue {
         Ok(ChainBatch::new(self.shared.clone(), room))
     }
 
+    /// Takes available chains, behind those that are in the batch; returns how many.
     fn pop_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
         let batch = batch.get();
         batch.check(&self.shared)?;
         self.with(py, |open| batch.fill(py, open))
     }
 
+    /// Gives back the batch's first `count` chains with the lengths in `used`, publishes, and notifies; returns how many.
     fn complete_batch(&self, py: Python<'_>, batch: &Bound<'_, ChainBatch>) -> Result<usize, Error> {
         let batch = batch.get();
         batch.check(&self.shared)?;
@@ -297,6 +313,7 @@ impl DeviceQueue {
         })
     }
 
+    /// As `complete_burst`; then takes available chains and copies their readable bytes into slots; returns how many chains.
     fn pop_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -313,6 +330,7 @@ impl DeviceQueue {
         })
     }
 
+    /// Gives back what the burst holds; completes, with length 0, and publishes every chain whose slots came back; returns how many.
     fn complete_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -326,6 +344,7 @@ impl DeviceQueue {
         })
     }
 
+    /// Copies the burst's packets into writable chains, one each, completes, publishes, and notifies; returns how many were copied.
     fn fill_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -338,10 +357,12 @@ impl DeviceQueue {
         })
     }
 
+    /// Asks for a notification at the next available chain; True if there is something to look at already (2.7.10.2, 2.8.10).
     fn arm(&self, py: Python<'_>) -> Result<bool, Error> {
         self.with(py, |open| Ok(open.queue.arm()))
     }
 
+    /// Asks for no notifications; the driver may send some nevertheless.
     fn disarm(&self, py: Python<'_>) -> Result<(), Error> {
         self.with(py, |open| {
             open.queue.disarm();
@@ -349,15 +370,18 @@ impl DeviceQueue {
         })
     }
 
+    /// After a device or queue reset: forgets all chains in flight and closes the queue.
     fn reset(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.close(py)
     }
 
+    /// For people: `ring_format`, `private` and `shared` numbers by name, the latter as they stand in shared memory.
     fn snapshot<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let snapshot = self.with(py, |open| Ok(open.queue.snapshot()))?;
         Ok(self.shared.ring.snapshot(py, &snapshot)?)
     }
 
+    /// Chains `popped`, `used` and `dropped`; publishes `notified` and `suppressed`.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let state = self.shared.lock(py)?;
@@ -368,6 +392,7 @@ impl DeviceQueue {
         Ok(ring::dict(py, all)?)
     }
 
+    /// Ends the queue; again does nothing.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.close(py)
     }

@@ -93,6 +93,7 @@ impl State {
     }
 }
 
+/// The driver's side of one virtqueue (2.7, 2.8): adds buffers, publishes them, takes back used ones.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DriverQueue {
     pub ring: Ring,
@@ -240,46 +241,55 @@ impl DriverQueue {
         Ok(DriverQueue { ring, process: BoundToProcess::new(), state: Mutex::new(state) })
     }
 
+    /// How many entries there are.
     #[getter]
     fn size(&self) -> u16 {
         self.ring.size
     }
 
+    /// The queue's number.
     #[getter]
     fn index(&self) -> u16 {
         self.ring.index
     }
 
+    /// Which format it is.
     #[getter]
     fn ring_format(&self) -> &'static str {
         self.ring.name()
     }
 
+    /// Addresses of the descriptor, driver and device area (2.6).
     #[getter]
     fn areas(&self) -> (u64, u64, u64) {
         self.ring.addresses()
     }
 
+    /// How many ring descriptors are free.
     #[getter]
     fn free(&self, py: Python<'_>) -> Result<u16, Error> {
         self.with(py, |open| Ok(open.queue.free()))
     }
 
+    /// How many chains were added and not popped.
     #[getter]
     fn outstanding(&self, py: Python<'_>) -> Result<usize, Error> {
         self.with(py, |open| Ok(open.tokens.len() + open.in_bursts()))
     }
 
+    /// The device's first mistake, or that the memory was lost (its file was truncated), once a call raised it.
     #[getter]
     fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
         Ok(self.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
     }
 
+    /// What an available-buffer notification carries now: the index, with NOTIFICATION_DATA also the next position (2.9).
     #[getter]
     fn notification_value(&self, py: Python<'_>) -> Result<u32, Error> {
         self.with(py, |open| Ok(open.notification(&self.ring)))
     }
 
+    /// What `publish` and burst calls signal when the device wants to know; None for nothing.
     fn connect(&self, py: Python<'_>, doorbell: Option<&Bound<'_, EventFd>>) -> Result<(), Error> {
         let doorbell = match doorbell {
             Some(event) => Doorbell::EventFd(event.get().event(py)?),
@@ -290,6 +300,7 @@ impl DriverQueue {
         Ok(())
     }
 
+    /// Adds one chain: (address, length) of each segment (2.7.13, 2.8.21).
     #[pyo3(signature = (token, *, readable = None, writable = None, indirect = false),
            text_signature = "($self, token, *, readable=(), writable=(), indirect=False)")]
     fn add(
@@ -322,10 +333,12 @@ impl DriverQueue {
         result
     }
 
+    /// Makes all added chains visible with one store, and notifies the device if it wants it (2.7.13.3, 2.7.10); returns whether.
     fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
         self.with_memory(py, |open| open.publish(&self.ring))
     }
 
+    /// Takes used chains, at most `limit`: (token, bytes that the device wrote, at most those posted) (2.7.14, 2.8.22).
     #[pyo3(signature = (limit = None))]
     fn pop_used<'py>(&self, py: Python<'py>, limit: Option<Int>) -> Result<Bound<'py, PyList>, Error> {
         let limit = ring::limit(limit, self.ring.size)?;
@@ -337,14 +350,17 @@ impl DriverQueue {
         Ok(PyList::new(py, chains)?)
     }
 
+    /// Adds the burst's packets as readable chains, publishes, and notifies; returns how many chains.
     fn add_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         self.add_rows(py, burst.get(), Direction::Readable)
     }
 
+    /// As `add_burst`, with chains for the device to write: `lengths` are the bytes posted.
     fn add_writable_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         self.add_rows(py, burst.get(), Direction::Writable)
     }
 
+    /// Gives back what the burst holds, and fills it with slots of used chains; returns how many chains.
     fn pop_used_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -356,10 +372,12 @@ impl DriverQueue {
         })
     }
 
+    /// Asks for a notification at the next used chain; True if there is something to look at already (2.7.7.1, 2.8.10).
     fn arm(&self, py: Python<'_>) -> Result<bool, Error> {
         self.with_memory(py, |open| Ok(open.queue.arm() || open.bursts.ready() > 0))
     }
 
+    /// Asks for no notifications; the device may send some nevertheless.
     fn disarm(&self, py: Python<'_>) -> Result<(), Error> {
         self.with(py, |open| {
             open.queue.disarm();
@@ -367,15 +385,18 @@ impl DriverQueue {
         })
     }
 
+    /// After a device or queue reset: closes the queue and returns the outstanding tokens.
     fn reset<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyList>, Error> {
         Ok(PyList::new(py, self.finish(py)?)?)
     }
 
+    /// For people: `ring_format`, `private` and `shared` numbers by name, the latter as they stand in shared memory.
     fn snapshot<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let snapshot = self.with(py, |open| Ok(open.queue.snapshot()))?;
         Ok(self.ring.snapshot(py, &snapshot)?)
     }
 
+    /// Chains `added` and `used`; publishes `notified` and `suppressed`; used lengths `clamped`.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let state = self.lock(py)?;
@@ -386,6 +407,7 @@ impl DriverQueue {
         Ok(ring::dict(py, all)?)
     }
 
+    /// Ends the queue, frees its areas, and forgets tokens; again does nothing.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         self.finish(py)?;
         Ok(())

@@ -12,6 +12,7 @@ use virtio_memory::{MemoryError, duplicate};
 /// Linux' EINTR: a signal handler ran.
 const EINTR: i32 = 4;
 
+/// An eventfd: a doorbell or an interrupt (2.3).
 #[pyclass(frozen, module = "virtio._core")]
 pub struct EventFd(Mutex<Option<Arc<virtio_memory::EventFd>>>);
 
@@ -33,24 +34,29 @@ impl EventFd {
         Ok(EventFd::over(virtio_memory::EventFd::new()?))
     }
 
+    /// One that somebody passed: the descriptor is duplicated, and made non-blocking for all who share it.
     #[classmethod]
     fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int) -> Result<Self, Error> {
         let fd = fd.within("descriptor", 0, RawFd::MAX.into())?;
         Ok(EventFd::over(virtio_memory::EventFd::from_fd(duplicate(fd)?)?))
     }
 
+    /// The descriptor: readable when signalled.
     fn fileno(&self, py: Python<'_>) -> Result<RawFd, Error> {
         Ok(self.event(py)?.as_fd().as_raw_fd())
     }
 
+    /// Signals it.
     fn signal(&self, py: Python<'_>) -> Result<(), Error> {
         Ok(self.event(py)?.signal()?)
     }
 
+    /// Takes the signals; how many there were, 0 if none.
     fn drain(&self, py: Python<'_>) -> Result<u64, Error> {
         Ok(self.event(py)?.drain()?)
     }
 
+    /// Waits until it is signalled, at most `timeout` seconds; True if it is.
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> Result<bool, Error> {
         let timeout = match timeout.map(Duration::try_from_secs_f64) {
@@ -69,6 +75,7 @@ impl EventFd {
         }
     }
 
+    /// Closes it; again does nothing.
     fn close(&self, py: Python<'_>) {
         let event = lock(py, &self.0).take();
         drop(event);

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use virtio_memory::{DirtyBitmap, MemoryError, Region, RegionTable};
 
+/// What a device can reach: a table of regions, each a guest address range over part of a `Memory`.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct GuestMemory {
     pub regions: virtio_memory::GuestMemory,
@@ -46,6 +47,7 @@ impl GuestMemory {
         GuestMemory { regions: virtio_memory::GuestMemory::new(), uses: Mutex::default() }
     }
 
+    /// Adds a region: `length` bytes (by default all) of `memory` from `offset`, which the device sees at `address`.
     #[pyo3(signature = (address, memory, *, offset = Int::new(0), length = None),
            text_signature = "($self, address, memory, *, offset=0, length=None)")]
     fn add(&self, py: Python<'_>, address: Int, memory: &Bound<'_, Memory>, offset: Int, length: Option<Int>) -> Result<(), Error> {
@@ -57,6 +59,7 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Removes the region that starts at `address`.
     fn remove(&self, py: Python<'_>, address: Int) -> Result<(), Error> {
         let address = address.address()?;
         let mut uses = lock(py, &self.uses);
@@ -65,6 +68,7 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Puts these regions in the place of all others: (address, memory, offset, length) each.
     fn replace(&self, py: Python<'_>, regions: &Bound<'_, PyAny>) -> Result<(), Error> {
         let (mut table, mut users) = (Vec::new(), BTreeMap::new());
         for item in regions.try_iter()? {
@@ -79,11 +83,13 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// (address, length) of each region, by ascending address.
     #[getter]
     fn regions(&self) -> Vec<(u64, u64)> {
         self.table().regions().iter().map(|region| (region.address(), region.len())).collect()
     }
 
+    /// A copy of `length` bytes, which may lie in several regions that follow each other.
     fn read<'py>(&self, py: Python<'py>, address: Int, length: Int) -> Result<Bound<'py, PyBytes>, Error> {
         let (address, length) = (address.address()?, length.bytes("length")?);
         let table = self.table();
@@ -93,25 +99,30 @@ impl GuestMemory {
         Ok(PyBytes::new_with(py, length, copy)?)
     }
 
+    /// Copies `data` in, and marks it dirty.
     fn write(&self, address: Int, data: Bytes) -> Result<(), Error> {
         Ok(self.table().write(address.address()?, data.as_slice())?)
     }
 
+    /// One atomic little-endian load of `width` bytes (1, 2, 4, 8).
     fn load(&self, address: Int, width: Int) -> Result<u64, Error> {
         Ok(self.table().load(address.address()?, width.within("width", 1, 8)?)?)
     }
 
+    /// One atomic little-endian store, marked dirty.
     fn store(&self, address: Int, width: Int, value: Int) -> Result<(), Error> {
         let (address, width) = (address.address()?, width.within("width", 1, 8)?);
         Ok(self.table().store(address, width, value.within("value", 0, u64::MAX.into())?)?)
     }
 
+    /// Marks what a device writes, in pages of 4096 bytes from address 0 on, up to `pages` (at most 2^30).
     fn start_dirty_log(&self, pages: Int) -> Result<(), Error> {
         let bitmap = DirtyBitmap::new(pages.within("dirty bitmap's pages", 1, 1 << 30)?)?;
         self.regions.set_dirty(Some(Arc::new(bitmap)));
         Ok(())
     }
 
+    /// The marks since the last call: page p is bit p % 8 of byte p // 8.
     fn take_dirty_log<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Error> {
         match self.table().dirty() {
             Some(bitmap) => Ok(PyBytes::new(py, &bitmap.take())),
@@ -119,6 +130,7 @@ impl GuestMemory {
         }
     }
 
+    /// Marks nothing any more.
     fn stop_dirty_log(&self) {
         self.regions.set_dirty(None);
     }

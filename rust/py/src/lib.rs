@@ -1,5 +1,5 @@
 //! `virtio._core`: the Rust side as Python sees it. Translation only: signatures, calls, errors. What the names mean is documented in the
-//! stub, `_core.pyi`.
+//! stub, `_core.pyi`; here stands the first sentence of each text, which `help()` shows.
 //!
 //! Every class is frozen and may be used from any thread: what changes stands behind a lock, taken once per call ([`lock`]). The calls that
 //! carry bursts neither allocate nor make Python objects, and do not release the GIL.
@@ -30,6 +30,7 @@ use pyo3::prelude::*;
 use std::time::Duration;
 use virtqueue::RingFeatures;
 
+/// Whether going from index `old` to `new` passes `event`, all of 16 bits (2.7.7.1).
 #[pyfunction]
 fn need_event(event: Int, new: Int, old: Int) -> Result<bool, Error> {
     let index = |what, value: Int| value.within::<u16>(what, 0, u16::MAX.into());
@@ -39,6 +40,7 @@ fn need_event(event: Int, new: Int, old: Int) -> Result<bool, Error> {
 /// (bytes, alignment) of one area.
 type Extent = (u64, u64);
 
+/// (bytes, alignment) of the descriptor, driver and device area (2.7, 2.8.10.1).
 #[pyfunction]
 #[pyo3(signature = (size, *, features = Mask::NONE), text_signature = "(size, *, features=0)")]
 fn layout(size: Int, features: Mask) -> Result<(Extent, Extent, Extent), Error> {
@@ -49,6 +51,7 @@ fn layout(size: Int, features: Mask) -> Result<(Extent, Extent, Extent), Error> 
     Ok((descriptor, driver, device))
 }
 
+/// For tests: holds an object's lock for so long, without the GIL, so that other threads have to wait for it.
 #[pyfunction]
 fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: f64) -> Result<(), Error> {
     let time = Duration::try_from_secs_f64(seconds).map_err(|error| Error::Value(format!("{seconds} seconds: {error}")))?;
@@ -62,7 +65,7 @@ fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: f64) -> Result<(), 
     Ok(())
 }
 
-/// The module.
+/// The Rust core: memory, buffer pools, and both ends of a virtqueue in both ring formats.
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]

@@ -54,6 +54,7 @@ impl Drop for Allocation {
     }
 }
 
+/// Memory that this process maps and may share: one memfd, or a descriptor that somebody passed.
 #[pyclass(frozen, subclass, module = "virtio._core")]
 pub struct Memory {
     /// `None` once it is closed.
@@ -119,6 +120,7 @@ impl Memory {
         Ok(Memory::over(Mapping::memfd(size, name, HugePages::from(huge))?))
     }
 
+    /// Maps `size` bytes of a file that somebody passed, from `offset` on (no alignment needed).
     #[classmethod]
     #[pyo3(signature = (fd, size, *, offset = Int::new(0)), text_signature = "($cls, fd, size, *, offset=0)")]
     fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int, size: Int, offset: Int) -> Result<Self, Error> {
@@ -128,30 +130,36 @@ impl Memory {
         Ok(Memory::over(Mapping::from_fd(duplicate(fd)?, offset, size)?))
     }
 
+    /// Bytes.
     #[getter]
     fn size(&self) -> usize {
         self.size
     }
 
+    /// Whether a peer passed it.
     #[getter]
     fn foreign(&self) -> bool {
         self.foreign
     }
 
+    /// Whether its owner truncated the file under it.
     #[getter]
     fn poisoned(&self, py: Python<'_>) -> Result<bool, Error> {
         Ok(self.mapping(py)?.poisoned())
     }
 
+    /// Whether `close` was called.
     #[getter]
     fn closed(&self, py: Python<'_>) -> bool {
         lock(py, &self.mapping).is_none()
     }
 
+    /// The descriptor to pass on; it stays this memory's.
     fn fileno(&self, py: Python<'_>) -> Result<RawFd, Error> {
         Ok(self.mapping(py)?.fd().as_raw_fd())
     }
 
+    /// Takes `size` bytes at a multiple of `align` (a power of two); returns their offset.
     #[pyo3(signature = (size, align = Int::new(16)), text_signature = "($self, size, align=16)")]
     fn allocate(&self, py: Python<'_>, size: Int, align: Int) -> Result<usize, Error> {
         let size = size.within("allocation", 1, self.size as i128)?;
@@ -161,6 +169,7 @@ impl Memory {
         Ok(lock(py, &self.shared.places).allocator.allocate(size, align)?)
     }
 
+    /// Gives back what `allocate` returned.
     fn free(&self, py: Python<'_>, offset: Int) -> Result<(), Error> {
         let offset = offset.within("offset", 0, self.size as i128 - 1)?;
         self.shared.process.check()?;
@@ -173,6 +182,7 @@ impl Memory {
         Ok(())
     }
 
+    /// A copy of `length` bytes.
     fn read<'py>(&self, py: Python<'py>, offset: Int, length: Int) -> Result<Bound<'py, PyBytes>, Error> {
         let (offset, length) = (offset.bytes("offset")?, length.bytes("length")?);
         let mapping = self.mapping(py)?;
@@ -182,22 +192,26 @@ impl Memory {
         Ok(PyBytes::new_with(py, length, copy)?)
     }
 
+    /// Copies `data` in.
     fn write(&self, py: Python<'_>, offset: Int, data: Bytes) -> Result<(), Error> {
         let offset = offset.bytes("offset")?;
         Ok(self.mapping(py)?.write(offset, data.as_slice())?)
     }
 
+    /// One atomic little-endian load of `width` bytes (1, 2, 4, 8), with acquire.
     fn load(&self, py: Python<'_>, offset: Int, width: Int) -> Result<u64, Error> {
         let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
         Ok(self.mapping(py)?.load(offset, width)?)
     }
 
+    /// One atomic little-endian store, with release.
     fn store(&self, py: Python<'_>, offset: Int, width: Int, value: Int) -> Result<(), Error> {
         let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
         let value = value.within("value", 0, u64::MAX.into())?;
         Ok(self.mapping(py)?.store(offset, width, value)?)
     }
 
+    /// Unmaps the memory and closes its descriptor; again does nothing.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         let mut mapping = lock(py, &self.mapping);
         let exports = self.shared.uses.load(Relaxed);
@@ -210,10 +224,12 @@ impl Memory {
         Ok(())
     }
 
+    /// The memory itself.
     fn __enter__(slf: Py<Self>) -> Py<Self> {
         slf
     }
 
+    /// As `close`.
     fn __exit__(
         &self,
         py: Python<'_>,

@@ -32,6 +32,7 @@ impl Shared {
     }
 }
 
+/// `slots` equal buffers in one `Memory`, each with `HEADROOM` bytes before the frame.
 #[pyclass(frozen, subclass, module = "virtio._core")]
 pub struct BufferPool {
     pub shared: Arc<Shared>,
@@ -53,6 +54,7 @@ impl BufferPool {
 
 #[pymethods]
 impl BufferPool {
+    /// Bytes before the frame in each slot: 64.
     #[classattr]
     const HEADROOM: usize = HEADROOM;
 
@@ -70,38 +72,45 @@ impl BufferPool {
         Ok(BufferPool { shared, memory: memory.unbind(), frames: Mutex::new(None) })
     }
 
+    /// Where the slots are.
     #[getter]
     fn memory(&self, py: Python<'_>) -> Py<Memory> {
         self.memory.clone_ref(py)
     }
 
+    /// How many slots there are.
     #[getter]
     fn slots(&self) -> u32 {
         self.shared.pool.slots()
     }
 
+    /// Bytes of a slot, headroom included.
     #[getter]
     fn slot_size(&self) -> usize {
         self.shared.pool.slot_size()
     }
 
+    /// Where slot 0 starts in `memory`; slot n starts at `offset + n * slot_size`.
     #[getter]
     fn offset(&self) -> usize {
         self.shared.pool.offset()
     }
 
+    /// How many slots are free.
     #[getter]
     fn available(&self, py: Python<'_>) -> Result<usize, Error> {
         self.shared.check()?;
         Ok(lock_pool(py, &self.shared.pool).available())
     }
 
+    /// Packets that were given back while they waited to be sent or met too short a chain, and chains that no burst could hold.
     #[getter]
     fn drops(&self, py: Python<'_>) -> Result<u64, Error> {
         self.shared.check()?;
         Ok(lock_pool(py, &self.shared.pool).drops())
     }
 
+    /// The slots without their headroom: shape (slots, slot_size - HEADROOM), column 0 the first byte of a frame.
     #[getter]
     fn frames(&self, py: Python<'_>) -> Result<Py<PyAny>, Error> {
         self.shared.check()?;
@@ -120,6 +129,7 @@ impl BufferPool {
         Ok(made)
     }
 
+    /// A new, empty burst of this pool with room for `capacity` rows (1 to 32768).
     #[pyo3(signature = (capacity = Int::new(64)), text_signature = "($self, capacity=64)")]
     fn burst(slf: &Bound<'_, Self>, capacity: Int) -> Result<Burst, Error> {
         let this = slf.get();
@@ -127,12 +137,14 @@ impl BufferPool {
         Burst::new(slf.clone().unbind(), this.shared.clone(), capacity.within("burst capacity", 1, 32768)?)
     }
 
+    /// Takes back what the burst holds, and fills it with free slots; returns how many, 0 to its capacity.
     fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         self.check(burst)?;
         Ok(burst.rows.fill(&mut lock_pool(py, &self.shared.pool)))
     }
 
+    /// Takes back what the burst holds; it has no rows then.
     fn give(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<(), Error> {
         let burst = burst.get();
         self.check(burst)?;
@@ -140,6 +152,7 @@ impl BufferPool {
         Ok(())
     }
 
+    /// Ends the use of the pool and its bursts.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.pool.check_process()?;
         self.shared.closed.store(true, Relaxed);
