@@ -1,33 +1,40 @@
-//! Arguments that are checked at full width before they are narrowed, so that an error names the value that was passed.
+//! Arguments, checked at full width before they are narrowed: an error names the argument and the value that was passed.
 
-use crate::errors::Error;
+use crate::errors::{Error, named};
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyInt;
+use std::time::Duration;
 
 /// An integer as it was passed: an `int`, or whatever has `__index__`.
-pub struct Int {
-    value: i128,
-    /// How it is shown, if it does not fit into `value`.
-    huge: Option<String>,
+pub enum Int {
+    /// Most of them.
+    Value(i128),
+    /// How one is shown that does not fit.
+    Huge(String),
+    /// The `TypeError` about something that is no integer. It is raised where the argument's name is known: at its first use.
+    Wrong(PyErr),
 }
 
 impl Int {
     /// A default.
     pub const fn new(value: i64) -> Self {
-        Int { value: value as i128, huge: None }
+        Int::Value(value as i128)
     }
 
     /// The value, if it is in this range; the error names both.
     pub fn within<T: TryFrom<i128>>(&self, what: &str, min: i128, max: i128) -> Result<T, Error> {
-        if self.huge.is_none()
-            && (min..=max).contains(&self.value)
-            && let Ok(value) = T::try_from(self.value)
+        if let Int::Value(value) = self
+            && (min..=max).contains(value)
+            && let Ok(value) = T::try_from(*value)
         {
             return Ok(value);
         }
-        let shown = self.huge.clone().unwrap_or_else(|| self.value.to_string());
-        Err(Error::Value(format!("{what} {shown} is not in {min} to {max}")))
+        match self {
+            Int::Value(value) => Err(Error::Value(format!("{what} {value} is not in {min} to {max}"))),
+            Int::Huge(shown) => Err(Error::Value(format!("{what} {shown} is not in {min} to {max}"))),
+            Int::Wrong(error) => Err(wrong(what, error)),
+        }
     }
 
     /// A 64-bit address.
@@ -35,10 +42,19 @@ impl Int {
         self.within("address", 0, u64::MAX.into())
     }
 
-    /// A length or an offset in bytes.
+    /// A length, an offset or a count, where there is no other limit to name than 0.
     pub fn bytes(&self, what: &str) -> Result<usize, Error> {
-        self.within(what, 0, i64::MAX.into())
+        match self {
+            Int::Value(value) if *value < 0 => Err(Error::Value(format!("{what} {value} is negative"))),
+            _ => self.within(what, 0, i64::MAX.into()),
+        }
     }
+}
+
+/// A `TypeError` that was kept, with the argument's name.
+#[cold]
+pub fn wrong(what: &str, error: &PyErr) -> Error {
+    named(what, Python::attach(|py| error.clone_ref(py))).into()
 }
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Int {
@@ -48,16 +64,24 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Int {
         if let Ok(value) = object.extract::<i64>() {
             return Ok(Int::new(value));
         }
-        let index = object.py().import("operator")?.call_method1("index", (object,))?;
+        let py = object.py();
+        let index = match py.import("operator")?.call_method1("index", (object,)) {
+            Err(error) if error.is_instance_of::<PyTypeError>(py) => return Ok(Int::Wrong(error)),
+            index => index?,
+        };
         match index.extract::<i128>() {
-            Ok(value) => Ok(Int { value, huge: None }),
-            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
-                let shown = object.py().import("builtins")?.call_method1("hex", (index,))?.extract()?;
-                Ok(Int { value: 0, huge: Some(shown) })
+            Ok(value) => Ok(Int::Value(value)),
+            Err(error) if error.is_instance_of::<PyOverflowError>(py) => {
+                Ok(Int::Huge(py.import("builtins")?.call_method1("hex", (index,))?.extract()?))
             }
             Err(error) => Err(error),
         }
     }
+}
+
+/// Seconds, from 0 to as many as there can be.
+pub fn seconds(what: &str, value: f64) -> Result<Duration, Error> {
+    Duration::try_from_secs_f64(value).map_err(|_| Error::Value(format!("{what} {value:?} s is not in 0 to {}", u64::MAX)))
 }
 
 /// Accepted feature bits, 0 to 127 (2.2), as one integer. A member of an enumeration names one bit by its number, and would be read as other
@@ -70,15 +94,15 @@ impl Mask {
 
     /// The bits.
     pub fn bits(&self) -> Result<u128, Error> {
-        let Mask(Int { value, huge }) = self;
-        match huge {
-            None if *value >= 0 => Ok(*value as u128),
+        match &self.0 {
+            Int::Value(value) if *value >= 0 => Ok(*value as u128),
+            Int::Value(value) => Err(Error::Value(format!("features {value} are negative"))),
             // Bit 127 is the one that an i128 has no room for.
-            Some(shown) => {
+            Int::Huge(shown) => {
                 let bits = shown.strip_prefix("0x").and_then(|digits| u128::from_str_radix(digits, 16).ok());
                 bits.ok_or_else(|| Error::Value(format!("features {shown} have bits beyond 127")))
             }
-            None => Err(Error::Value(format!("features {value} are negative"))),
+            Int::Wrong(error) => Err(wrong("features", error)),
         }
     }
 }

@@ -5,9 +5,10 @@
 
 #![allow(unsafe_code)]
 
+use crate::args::wrong;
 use crate::errors::Error;
 use crate::memory::{Memory, Use};
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -162,6 +163,27 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Bytes {
         match object.cast_exact::<PyBytes>() {
             Ok(bytes) => Ok(Bytes::Constant(bytes.to_owned().into())),
             Err(_) => Ok(Bytes::Copied(Foreign::of(object)?.copy())),
+        }
+    }
+}
+
+/// [`Bytes`] as an argument; the `TypeError` about something without a buffer is raised where the argument's name is known.
+pub struct Data(Result<Bytes, PyErr>);
+
+impl Data {
+    /// The bytes themselves.
+    pub fn of(&self, what: &str) -> Result<&[u8], Error> {
+        self.0.as_ref().map(Bytes::as_slice).map_err(|error| wrong(what, error))
+    }
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Data {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract::<Bytes>() {
+            Err(error) if !error.is_instance_of::<PyTypeError>(object.py()) => Err(error),
+            bytes => Ok(Data(bytes)),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `Burst`: rows of slots, and what can be done to all of them at once.
 
 use crate::args::Int;
-use crate::buffer::{Bytes, View, array};
+use crate::buffer::{Data, View, array};
 use crate::errors::Error;
 use crate::lock::{lock, lock_pool};
 use crate::pool::{BufferPool, Shared};
@@ -175,8 +175,8 @@ impl Burst {
     }
 
     /// Copies `data` to every row's offset, and makes it the row's length.
-    fn write(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
-        let data = data.as_slice();
+    fn write(&self, py: Python<'_>, data: Data) -> Result<(), Error> {
+        let data = data.of("data")?;
         self.rows_once(py, |state, rows| {
             if data.is_empty() {
                 return Err(Error::Value("a packet needs at least one byte".into()));
@@ -197,19 +197,22 @@ impl Burst {
     }
 
     /// Puts `data` before the first row of each packet: its offset shrinks and its length grows by as much.
-    fn header(&self, py: Python<'_>, data: Bytes) -> Result<(), Error> {
-        self.prepend(py, data.as_slice(), false)
+    fn header(&self, py: Python<'_>, data: Data) -> Result<(), Error> {
+        self.prepend(py, data.of("data")?, false)
     }
 
     /// As `header`, with as many bytes for each packet, one after the other.
-    fn scatter(&self, py: Python<'_>, headers: Bytes) -> Result<(), Error> {
-        self.prepend(py, headers.as_slice(), true)
+    fn scatter(&self, py: Python<'_>, headers: Data) -> Result<(), Error> {
+        self.prepend(py, headers.of("headers")?, true)
     }
 
     /// A copy of a row's bytes.
     fn tobytes<'py>(&self, py: Python<'py>, row: Int) -> Result<Bound<'py, PyBytes>, Error> {
         self.shared.check()?;
-        let row = row.within("burst row", 0, self.rows.count() as i128 - 1)?;
+        let (row, count) = (row.bytes("burst row")?, self.rows.count());
+        if row >= count {
+            return Err(Error::Value(format!("burst row {row} is not below the burst's count, {count}")));
+        }
         let raw = self.rows.row(row);
         let (at, room) = self.place(&lock_pool(py, &self.shared.pool), row, &raw)?;
         let read = |to: &mut [u8]| self.shared.pool.mapping().read(at, to).map_err(|error| Error::from(error).into());

@@ -1,7 +1,7 @@
 //! `Chain`: one buffer that the driver made available, with its bytes.
 
 use crate::args::Int;
-use crate::buffer::Bytes;
+use crate::buffer::Data;
 use crate::device_queue::{Open, Shared};
 use crate::errors::Error;
 use pyo3::prelude::*;
@@ -118,8 +118,9 @@ impl Chain {
     /// A copy of readable bytes: `length` of them (by default all) from `offset`.
     #[pyo3(signature = (length = None, *, offset = Int::new(0)), text_signature = "($self, length=None, *, offset=0)")]
     fn read<'py>(&self, py: Python<'py>, length: Option<Int>, offset: Int) -> Result<Bound<'py, PyBytes>, Error> {
-        let offset = offset.bytes("offset")?;
-        let length = length.map_or(Ok((self.readable as usize).saturating_sub(offset)), |length| length.bytes("length"))?;
+        let offset = offset.within("offset", 0, self.readable.into())?;
+        let rest = self.readable as usize - offset;
+        let length = length.map_or(Ok(rest), |length| length.bytes("length"))?;
         self.within("readable", offset, length, self.readable)?;
         // All of it is there before the bytes are made, which may be many.
         self.queue.with(py, |open| self.pieces(open, Direction::Readable, offset, length, |_, _, _, _| Ok(())))?;
@@ -131,8 +132,8 @@ impl Chain {
 
     /// Copies `data` to the writable bytes from `offset`; returns its length.
     #[pyo3(signature = (data, *, offset = Int::new(0)), text_signature = "($self, data, *, offset=0)")]
-    fn write(&self, py: Python<'_>, data: Bytes, offset: Int) -> Result<usize, Error> {
-        let (data, offset) = (data.as_slice(), offset.bytes("offset")?);
+    fn write(&self, py: Python<'_>, data: Data, offset: Int) -> Result<usize, Error> {
+        let (data, offset) = (data.of("data")?, offset.within("offset", 0, self.writable.into())?);
         self.within("writable", offset, data.len(), self.writable)?;
         let copy = |table: &RegionTable, address: u64, at: usize, count: usize| table.write(address, &data[at..at + count]);
         self.queue.with(py, |open| self.pieces(open, Direction::Writable, offset, data.len(), copy))?;

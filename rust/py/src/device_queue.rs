@@ -4,7 +4,7 @@ use crate::args::{Int, Mask};
 use crate::batch::ChainBatch;
 use crate::burst::Burst;
 use crate::chain::Chain;
-use crate::errors::{self, Error};
+use crate::errors::{self, Error, named};
 use crate::eventfd::EventFd;
 use crate::guest::GuestMemory;
 use crate::lock::{lock, lock_pool};
@@ -124,8 +124,10 @@ fn base_of(format: Format, state: RingState) -> u32 {
 }
 
 fn areas_of(areas: &Bound<'_, PyAny>) -> Result<Areas, Error> {
-    let (descriptor, driver, device): (Int, Int, Int) = areas.extract()?;
-    Ok(Areas { descriptor: descriptor.address()?, driver: driver.address()?, device: device.address()? })
+    let (descriptor, driver, device): (Int, Int, Int) = areas.extract().map_err(|error| named("areas", error))?;
+    let address = |area: Int, what| area.within(what, 0, u64::MAX.into()).map_err(|error| error.of("areas"));
+    let (descriptor, driver) = (address(descriptor, "descriptor area")?, address(driver, "driver area")?);
+    Ok(Areas { descriptor, driver, device: address(device, "device area")? })
 }
 
 /// The device's side of one virtqueue (2.7, 2.8): pops chains, completes them, publishes the used ones.

@@ -2,7 +2,7 @@
 
 use crate::args::{Int, Mask};
 use crate::burst::Burst;
-use crate::errors::{self, Error};
+use crate::errors::{self, Error, named};
 use crate::eventfd::EventFd;
 use crate::lock::{lock, lock_pool};
 use crate::memory::{Allocation, Memory};
@@ -168,10 +168,13 @@ impl DriverQueue {
 
 /// Segments as Python gave them: (address, length).
 fn segments(to: &mut Vec<Segment>, from: &Bound<'_, PyAny>, direction: Direction) -> Result<(), Error> {
-    for item in from.try_iter()? {
-        let (address, len): (Int, Int) = item?.extract()?;
-        let len = len.within("segment length", 1, u32::MAX.into())?;
-        to.push(Segment { address: address.address()?, len, direction });
+    let what = if direction == Direction::Readable { "readable" } else { "writable" };
+    let segment = |item: &Bound<'_, PyAny>| -> Result<Segment, Error> {
+        let (address, len): (Int, Int) = item.extract()?;
+        Ok(Segment { address: address.address()?, len: len.within("length", 1, u32::MAX.into())?, direction })
+    };
+    for (place, item) in from.try_iter().map_err(|error| named(what, error))?.enumerate() {
+        to.push(segment(&item?).map_err(|error| error.of(&format!("{what} segment {place}")))?);
     }
     Ok(())
 }
@@ -203,7 +206,8 @@ impl DriverQueue {
         let table = Arc::new(RegionTable::new(vec![Region::new(base, mapping.len() as u64, mapping.clone(), 0)?], None)?);
         let mut places = Vec::new();
         let mut place = |bytes: usize| -> Result<usize, Error> {
-            let (mapping, place) = memory.take(py, "queue", bytes.next_multiple_of(LINE), LINE)?;
+            let taken = memory.take(py, "queue", bytes.next_multiple_of(LINE), LINE);
+            let (mapping, place) = taken.map_err(|error| error.of(&format!("a queue of {} entries", ring.size)))?;
             let offset = place.offset;
             places.push(place);
             mapping.zero(offset, bytes)?;

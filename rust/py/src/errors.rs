@@ -1,6 +1,6 @@
 //! From Rust's errors to Python's exceptions: the one place. The exception classes are Python's own, in `virtio.errors`.
 
-use pyo3::exceptions::{PyBufferError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -75,10 +75,36 @@ impl From<Error> for PyErr {
 }
 
 impl Error {
+    /// The same error with what it is about in front, if it is about an argument.
+    #[cold]
+    pub fn of(self, what: &str) -> Self {
+        match self {
+            Error::Value(message) => Error::Value(format!("{what}: {message}")),
+            Error::Memory(error @ (MemoryError::BadSize { .. } | MemoryError::OutOfMemory { .. })) => {
+                Error::Value(format!("{what}: {error}"))
+            }
+            Error::Python(error) => Error::Python(named(what, error)),
+            other => other,
+        }
+    }
+
     /// Use of something that was closed.
     pub fn closed(what: &str) -> Self {
         Error::Status(format!("the {what} is closed"))
     }
+}
+
+/// The same `TypeError` or `ValueError`, raised at the same place, but naming what it is about; any other error as it is.
+pub fn named(what: &str, error: PyErr) -> PyErr {
+    Python::attach(|py| {
+        let kind = error.get_type(py);
+        if !kind.is(py.get_type::<PyTypeError>()) && !kind.is(py.get_type::<PyValueError>()) {
+            return error;
+        }
+        let named = PyErr::from_type(kind, format!("{what}: {}", error.value(py)));
+        named.set_traceback(py, error.traceback(py));
+        named
+    })
 }
 
 static STATUS_ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();

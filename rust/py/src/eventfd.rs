@@ -1,12 +1,12 @@
 //! `EventFd`: a doorbell or an interrupt.
 
-use crate::args::Int;
+use crate::args::{Int, seconds};
 use crate::errors::Error;
 use crate::lock::lock;
 use pyo3::prelude::*;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use virtio_memory::{MemoryError, duplicate};
 
 /// Linux' EINTR: a signal handler ran.
@@ -37,7 +37,7 @@ impl EventFd {
     /// One that somebody passed: the descriptor is duplicated, and made non-blocking for all who share it.
     #[classmethod]
     fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int) -> Result<Self, Error> {
-        let fd = fd.within("descriptor", 0, RawFd::MAX.into())?;
+        let fd = fd.within("fd", 0, RawFd::MAX.into())?;
         Ok(EventFd::over(virtio_memory::EventFd::from_fd(duplicate(fd)?)?))
     }
 
@@ -59,11 +59,7 @@ impl EventFd {
     /// Waits until it is signalled, at most `timeout` seconds; True if it is.
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> Result<bool, Error> {
-        let timeout = match timeout.map(Duration::try_from_secs_f64) {
-            None => None,
-            Some(Ok(timeout)) => Some(timeout),
-            Some(Err(error)) => return Err(Error::Value(format!("timeout {} s: {error}", timeout.unwrap_or_default()))),
-        };
+        let timeout = timeout.map(|timeout| seconds("timeout", timeout)).transpose()?;
         let event = self.event(py)?;
         let began = Instant::now();
         loop {

@@ -1,15 +1,15 @@
 //! `GuestMemory`: what a device can reach.
 
 use crate::args::Int;
-use crate::buffer::Bytes;
-use crate::errors::Error;
+use crate::buffer::Data;
+use crate::errors::{Error, named};
 use crate::lock::lock;
 use crate::memory::{Memory, Use};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use virtio_memory::{DirtyBitmap, MemoryError, Region, RegionTable};
+use virtio_memory::{DirtyBitmap, Region, RegionTable};
 
 /// What a device can reach: a table of regions, each a guest address range over part of a `Memory`.
 #[pyclass(frozen, module = "virtio._core")]
@@ -27,16 +27,11 @@ impl GuestMemory {
 
 /// A region of a memory, `length` bytes or all that follow `offset`.
 fn region(py: Python<'_>, address: &Int, memory: &Memory, offset: &Int, length: Option<&Int>) -> Result<(Region, Use), Error> {
-    let (address, offset) = (address.address()?, offset.bytes("offset")?);
+    let address = address.address()?;
     let (mapping, user) = memory.used(py)?;
-    let size = mapping.len();
-    let length = match length {
-        Some(length) => length.within("region length", 1, i64::MAX.into())?,
-        None => size.saturating_sub(offset) as u64,
-    };
-    if offset >= size {
-        return Err(MemoryError::OutOfRange { offset: offset as u64, len: length, size: size as u64 }.into());
-    }
+    let offset = offset.within("offset", 0, mapping.len() as i128 - 1)?;
+    let rest = mapping.len() - offset;
+    let length = length.map_or(Ok(rest as u64), |length| length.within("region length", 1, rest as i128))?;
     Ok((Region::new(address, length, mapping, offset)?, user))
 }
 
@@ -71,9 +66,12 @@ impl GuestMemory {
     /// Puts these regions in the place of all others: (address, memory, offset, length) each.
     fn replace(&self, py: Python<'_>, regions: &Bound<'_, PyAny>) -> Result<(), Error> {
         let (mut table, mut users) = (Vec::new(), BTreeMap::new());
-        for item in regions.try_iter()? {
-            let (address, memory, offset, length): (Int, Bound<'_, Memory>, Int, Int) = item?.extract()?;
-            let (region, user) = region(py, &address, memory.get(), &offset, Some(&length))?;
+        let parsed = |item: &Bound<'_, PyAny>| {
+            let (address, memory, offset, length): (Int, Bound<'_, Memory>, Int, Int) = item.extract()?;
+            region(py, &address, memory.get(), &offset, Some(&length))
+        };
+        for (place, item) in regions.try_iter().map_err(|error| named("regions", error))?.enumerate() {
+            let (region, user) = parsed(&item?).map_err(|error| error.of(&format!("regions, number {place}")))?;
             users.insert(region.address(), user);
             table.push(region);
         }
@@ -100,8 +98,8 @@ impl GuestMemory {
     }
 
     /// Copies `data` in, and marks it dirty.
-    fn write(&self, address: Int, data: Bytes) -> Result<(), Error> {
-        Ok(self.table().write(address.address()?, data.as_slice())?)
+    fn write(&self, address: Int, data: Data) -> Result<(), Error> {
+        Ok(self.table().write(address.address()?, data.of("data")?)?)
     }
 
     /// One atomic little-endian load of `width` bytes (1, 2, 4, 8).

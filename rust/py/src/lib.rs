@@ -27,7 +27,6 @@ mod tokens;
 use args::{Int, Mask};
 use errors::Error;
 use pyo3::prelude::*;
-use std::time::Duration;
 use virtqueue::RingFeatures;
 
 /// Whether going from index `old` to `new` passes `event`, all of 16 bits (2.7.7.1).
@@ -54,7 +53,7 @@ fn layout(size: Int, features: Mask) -> Result<(Extent, Extent, Extent), Error> 
 /// For tests: holds an object's lock for so long, without the GIL, so that other threads have to wait for it.
 #[pyfunction]
 fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: f64) -> Result<(), Error> {
-    let time = Duration::try_from_secs_f64(seconds).map_err(|error| Error::Value(format!("{seconds} seconds: {error}")))?;
+    let time = args::seconds("seconds", seconds)?;
     if let Ok(queue) = object.cast::<driver_queue::DriverQueue>() {
         lock::hold(py, queue.get().mutex(), time);
     } else if let Ok(queue) = object.cast::<device_queue::DeviceQueue>() {

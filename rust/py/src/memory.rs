@@ -1,7 +1,7 @@
 //! `Memory`: a mapping, an allocator for it, and a count of who uses it.
 
 use crate::args::Int;
-use crate::buffer::Bytes;
+use crate::buffer::Data;
 use crate::errors::Error;
 use crate::lock::lock;
 use pyo3::prelude::*;
@@ -72,6 +72,11 @@ impl Memory {
         Memory { mapping: Mutex::new(Some(Arc::new(mapping))), shared: Arc::new(shared), size, foreign }
     }
 
+    /// An offset into it, or its end.
+    fn offset(&self, offset: &Int) -> Result<usize, Error> {
+        offset.within("offset", 0, self.size as i128)
+    }
+
     /// The mapping, unless it is closed.
     pub fn mapping(&self, py: Python<'_>) -> Result<Arc<Mapping>, Error> {
         lock(py, &self.mapping).clone().ok_or_else(|| Error::closed("memory"))
@@ -124,7 +129,7 @@ impl Memory {
     #[classmethod]
     #[pyo3(signature = (fd, size, *, offset = Int::new(0)), text_signature = "($cls, fd, size, *, offset=0)")]
     fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int, size: Int, offset: Int) -> Result<Self, Error> {
-        let fd = fd.within("descriptor", 0, RawFd::MAX.into())?;
+        let fd = fd.within("fd", 0, RawFd::MAX.into())?;
         let size = size.within("memory size", 1, i64::MAX.into())?;
         let offset = offset.within("offset", 0, i64::MAX.into())?;
         Ok(Memory::over(Mapping::from_fd(duplicate(fd)?, offset, size)?))
@@ -162,7 +167,7 @@ impl Memory {
     /// Takes `size` bytes at a multiple of `align` (a power of two); returns their offset.
     #[pyo3(signature = (size, align = Int::new(16)), text_signature = "($self, size, align=16)")]
     fn allocate(&self, py: Python<'_>, size: Int, align: Int) -> Result<usize, Error> {
-        let size = size.within("allocation", 1, self.size as i128)?;
+        let size = size.within("allocation size", 1, self.size as i128)?;
         let align = align.within("alignment", 1, 1 << 62)?;
         self.shared.process.check()?;
         self.mapping(py)?;
@@ -184,7 +189,7 @@ impl Memory {
 
     /// A copy of `length` bytes.
     fn read<'py>(&self, py: Python<'py>, offset: Int, length: Int) -> Result<Bound<'py, PyBytes>, Error> {
-        let (offset, length) = (offset.bytes("offset")?, length.bytes("length")?);
+        let (offset, length) = (self.offset(&offset)?, length.bytes("length")?);
         let mapping = self.mapping(py)?;
         // Before the bytes are made, which may be many.
         mapping.span(offset, length)?;
@@ -193,20 +198,20 @@ impl Memory {
     }
 
     /// Copies `data` in.
-    fn write(&self, py: Python<'_>, offset: Int, data: Bytes) -> Result<(), Error> {
-        let offset = offset.bytes("offset")?;
-        Ok(self.mapping(py)?.write(offset, data.as_slice())?)
+    fn write(&self, py: Python<'_>, offset: Int, data: Data) -> Result<(), Error> {
+        let offset = self.offset(&offset)?;
+        Ok(self.mapping(py)?.write(offset, data.of("data")?)?)
     }
 
     /// One atomic little-endian load of `width` bytes (1, 2, 4, 8), with acquire.
     fn load(&self, py: Python<'_>, offset: Int, width: Int) -> Result<u64, Error> {
-        let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
+        let (offset, width) = (self.offset(&offset)?, width.within("width", 1, 8)?);
         Ok(self.mapping(py)?.load(offset, width)?)
     }
 
     /// One atomic little-endian store, with release.
     fn store(&self, py: Python<'_>, offset: Int, width: Int, value: Int) -> Result<(), Error> {
-        let (offset, width) = (offset.bytes("offset")?, width.within("width", 1, 8)?);
+        let (offset, width) = (self.offset(&offset)?, width.within("width", 1, 8)?);
         let value = value.within("value", 0, u64::MAX.into())?;
         Ok(self.mapping(py)?.store(offset, width, value)?)
     }

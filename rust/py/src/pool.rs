@@ -66,7 +66,8 @@ impl BufferPool {
         if !slot_size.is_multiple_of(64) {
             return Err(Error::Value(format!("slot size {slot_size} is not a multiple of 64 in 128 to 131072")));
         }
-        let (mapping, place) = memory.get().take(py, "buffer pool", slots as usize * slot_size, 64)?;
+        let taken = memory.get().take(py, "buffer pool", slots as usize * slot_size, 64);
+        let (mapping, place) = taken.map_err(|error| error.of(&format!("{slots} slots of {slot_size} bytes")))?;
         let pool = Arc::new(virtio_memory::BufferPool::new(mapping, place.offset, slots, slot_size)?);
         let shared = Arc::new(Shared { pool, closed: AtomicBool::new(false), _place: place });
         Ok(BufferPool { shared, memory: memory.unbind(), frames: Mutex::new(None) })

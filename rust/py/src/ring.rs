@@ -61,6 +61,6 @@ pub fn dict<'py>(py: Python<'py>, numbers: impl IntoIterator<Item = (&'static st
 
 /// How many chains a call may give: all that there can be, or the limit.
 pub fn limit(limit: Option<Int>, size: u16) -> Result<usize, Error> {
-    let most: i64 = limit.map_or(Ok(size.into()), |limit| limit.within("limit", 0, i64::MAX.into()))?;
-    Ok(most.min(size.into()) as usize)
+    let size = size.into();
+    Ok(limit.map_or(Ok(size), |limit| limit.bytes("limit"))?.min(size))
 }
