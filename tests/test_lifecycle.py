@@ -1,5 +1,7 @@
 """One end's life over the loopback transport: initialization, configuration, resets that fail, and closing (2.4, 2.5, 3.1, 3.3)."""
 
+from typing import Any
+
 import pytest
 
 from virtio import Device, DeviceId, DeviceQueue, Driver, EventFd, Features, Memory, Status, StatusError, TransportError
@@ -261,3 +263,98 @@ def test_a_device_type_needs_a_handler_for_each_queue() -> None:
 
     with pytest.raises(TypeError, match="Half has no method on_transmitq"):
         Half()
+
+
+def test_a_transport_has_one_driver_at_a_time(ring_features: Features) -> None:
+    device = Plain()
+    with LoopbackTransport(device) as transport, LoopbackTransport(Plain()) as elsewhere:
+        first = Driver(transport)
+        with pytest.raises(StatusError, match="has a driver already, in state new"):
+            Driver(transport)
+        first.negotiate(wanted=ring_features)
+        queue = first.setup_queue(0)
+        first.driver_ok()
+        with Memory(1 << 20) as memory:
+            for given in (memory, None):
+                with pytest.raises(StatusError, match="has a driver already, in state driver ok"):
+                    Driver(transport, memory=given)
+        assert device.state is DeviceState.DRIVER_OK and len(device.memory.regions) == 1
+        assert queue.outstanding == 0 and queue.publish() is False
+        with Driver(elsewhere) as other:
+            assert other.negotiate(wanted=ring_features) == first.features
+        first.close()
+        with Driver(transport) as second:
+            second.negotiate(wanted=ring_features)
+            assert second.setup_queue(0).size == queue.size
+        lost = Driver(transport)
+        assert lost.negotiate()
+        del lost  # what nobody has any more cannot be closed
+        Driver(transport).close()
+
+
+def test_a_driver_that_cannot_attach_its_memory_leaves_the_transport_free() -> None:
+    with LoopbackTransport(Plain()) as transport, Memory(1 << 20) as memory:
+        transport.attach(memory)
+        with pytest.raises(ValueError, match="attached already") as caught:
+            Driver(transport, memory=memory)
+        assert caught.traceback, "the driver is still referred to"
+        transport.detach(memory)
+        Driver(transport, memory=memory).close()
+
+
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    ("device_id", None, TypeError, "None: it has to be an integer"),
+    ("device_id", "console", TypeError, "'console': it has to be an integer"),
+    ("device_id", 0, ValueError, "0 is outside 1..4294967295"),
+    ("device_id", 1 << 32, ValueError, "4294967296 is outside 1..4294967295"),
+    ("queues", "queue", TypeError, "'queue': it has to be a tuple of names"),
+    ("queues", (0,), TypeError, r"\(0,\): it has to be a tuple of names"),
+    ("queue_size", 0, ValueError, "0 is outside 1..32768"),
+    ("queue_size", 32769, ValueError, "32769 is outside 1..32768"),
+    ("queue_size", 256.0, TypeError, "256.0: it has to be an integer"),
+    ("queue_size", True, TypeError, "True: it has to be an integer"),
+    ("chain_limit", 0, ValueError, "0 is outside 1..1024"),
+    ("chain_limit", 1025, ValueError, "1025 is outside 1..1024"),
+    ("chain_limit", "all", TypeError, "'all': it has to be an integer"),
+    ("rules", "BASE", TypeError, "'BASE': it has to be a tuple of Requires"),
+    ("rules", ((1, 2),), TypeError, "it has to be a tuple of Requires"),
+    ("config", None, TypeError, "None: it has to be bytes"),
+    ("config", "text", TypeError, "'text': it has to be bytes"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "message"), WRONG, ids=[f"{name} {value!r}" for name, value, *_ in WRONG])
+def test_what_a_device_type_says_of_itself_is_checked_at_once(name: str, value: Any, kind: type[Exception], message: str) -> None:
+    wrong = type("Wrong", (Plain,), {name: value})
+    with pytest.raises(kind, match=rf"Wrong\.{name} .*{message}"):
+        wrong()
+
+
+def test_a_device_type_without_a_number_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Device\.device_id is missing: it has to be an integer"):
+        Device()
+
+
+def test_configuration_may_be_made_when_it_is_read() -> None:
+    class Counting(Plain):
+        reads = 0
+
+        @property
+        def config(self) -> bytes:  # type: ignore[override]
+            self.reads += 1
+            return self.reads.to_bytes(4, "little")
+
+    device = Counting()
+    assert device.reads == 0
+    assert device.read_config(0, 1) != device.read_config(0, 1)
+
+
+def test_a_chain_limit_of_a_long_queue_does_not_hinder_a_short_one(ring_features: Features) -> None:
+    class Long(Plain):
+        queue_size = 4096
+        chain_limit = 4096
+
+    for size in (4096, 16):
+        with LoopbackTransport(Long()) as transport, Driver(transport) as driver:
+            driver.negotiate(wanted=ring_features)
+            assert driver.setup_queue(0, size=size).size == size

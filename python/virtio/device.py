@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
 from threading import RLock
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from virtio._core import DeviceQueue, EventFd, GuestMemory
 from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, VirtioError
 from virtio.features import Features, Requires, broken_rules, check_accepted
-from virtio.spec import Feature, Status
+from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
 from virtio.status import StatusTable, locked
 from virtio.transport import check_negotiable
 
@@ -33,6 +33,10 @@ RING_FEATURES: Final = Features({Feature.VERSION_1, Feature.RING_PACKED, Feature
 
 POLL_ROUNDS: Final = 64
 """How often one `poll` calls a queue's handler at most, so that a driver that never stops does not keep it for ever."""
+
+
+LONGEST_CHAIN: Final = 1024
+"""The highest `chain_limit`, unless the queue has more entries."""
 
 
 class DeviceState(Enum):
@@ -128,7 +132,11 @@ class Device:
     config: bytes = b""
 
     def __init__(self, *, offered: Iterable[int] | None = None) -> None:
-        """ValueError: a bit that no device may offer (2.2.2), or one without another that it requires. TypeError: a handler is missing."""
+        """ValueError: a bit that no device may offer (2.2.2), one without another that it requires, or a number out of its range.
+
+        TypeError: a handler is missing, or a class attribute is of another type.
+        """
+        _check_constants(self)
         self.offered: Final = RING_FEATURES | Features(self.features) if offered is None else Features(offered) | {Feature.VERSION_1}
         check_negotiable(self.offered)
         if broken := broken_rules(self.offered, self.rules):
@@ -274,7 +282,7 @@ class Device:
             raise ValueError(f"queue {index} does not exist: the device has {len(self.queues)}")
         if index in self._served:
             raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
-        limit = self.chain_limit
+        limit = self.chain_limit and min(self.chain_limit, max(LONGEST_CHAIN, size))
         queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit)
         queue.connect(interrupt)
         self._served[index] = _Served(queue, doorbell, self._handlers[index])
@@ -383,6 +391,32 @@ class Device:
     def _check_config(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > len(self.config):
             raise ValueError(f"configuration bytes {offset}..{offset + length} are outside 0..{len(self.config)}")
+
+
+def _check_constants(device: Device) -> None:
+    """What a device type says of itself, before a driver finds out."""
+    kind = type(device).__name__
+
+    def check(name: str, right: bool, wanted: str) -> None:
+        if not right:
+            found = repr(getattr(device, name)) if hasattr(device, name) else "missing"
+            raise TypeError(f"{kind}.{name} is {found}: it has to be {wanted}")
+
+    def check_number(name: str, most: int) -> None:
+        value: Any = getattr(device, name, None)
+        check(name, isinstance(value, int) and not isinstance(value, bool), "an integer")
+        if not 1 <= value <= most:
+            raise ValueError(f"{kind}.{name} {value:d} is outside 1..{most}")
+
+    check_number("device_id", 0xFFFF_FFFF)
+    names, rules = device.queues, device.rules
+    check("queues", isinstance(names, tuple | list) and all(isinstance(name, str) for name in names), "a tuple of names")
+    check_number("queue_size", MAX_QUEUE_SIZE)
+    if device.chain_limit is not None:
+        check_number("chain_limit", max(LONGEST_CHAIN, device.queue_size))
+    check("rules", isinstance(rules, tuple | list) and all(isinstance(rule, Requires) for rule in rules), "a tuple of Requires")
+    config = vars(device).get("config", type(device).config)
+    check("config", isinstance(config, bytes | bytearray | memoryview) or hasattr(config, "__get__"), "bytes")  # or made when it is read
 
 
 def _progress(queue: DeviceQueue) -> tuple[int, int]:

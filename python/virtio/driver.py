@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from math import ceil
-from threading import RLock
+from threading import Lock, RLock
 from time import monotonic, sleep
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Final, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 from virtio._core import DriverQueue, EventFd, Memory
 from virtio.errors import DeviceNeedsReset, FeatureNegotiationError, StatusError, TransportError, VirtioError
@@ -90,6 +91,11 @@ DRIVER_TABLE: Final = StatusTable("driver", DriverState, DriverStep, {
 """NEEDS_RESET is the step of seeing that bit: `check` is in order wherever it has an answer."""
 
 
+_ATTACHING: Final = Lock()
+_ATTACHED: Final[WeakValueDictionary[int, "Driver"]] = WeakValueDictionary()
+"""The last driver of each transport, by the transport's `id`: a driver keeps its transport, so the number stays that one's."""
+
+
 class _Enabled(NamedTuple):
     """A queue that is set up, and its two notifications."""
 
@@ -111,7 +117,10 @@ class Driver:
     """The device type's dependencies between features."""
 
     def __init__(self, transport: Transport, *, memory: Memory | None = None) -> None:
-        """Attaches `memory` to `transport`; without it the transport's own, or `MEMORY_SIZE` new bytes. ValueError: another device type."""
+        """Attaches `memory` to `transport`; without it the transport's own, or `MEMORY_SIZE` new bytes.
+
+        ValueError: another device type. StatusError: the transport has a driver that is not closed.
+        """
         if self.device_id is not None and transport.device_id != self.device_id:
             raise ValueError(f"{type(self).__name__} drives devices of type {self.device_id:d}, not {transport.device_id:d}")
         self._lock = RLock()
@@ -120,8 +129,17 @@ class Driver:
             memory = getattr(transport, "memory", None)
         self._owned = memory is None
         self.memory: Final = Memory(MEMORY_SIZE) if memory is None else memory
-        self.address: Final = transport.attach(self.memory)
         self._state = DriverState.NEW
+        with _ATTACHING:
+            other = _ATTACHED.get(id(transport))
+            if other is not None and other.state is not DriverState.CLOSED:
+                raise StatusError(f"the transport has a driver already, in state {other.state.value}: close that one first")
+            _ATTACHED[id(transport)] = self
+        try:
+            self.address: Final = transport.attach(self.memory)
+        except BaseException:
+            self._state = DriverState.CLOSED
+            raise
         self._features = Features()
         self._enabled: dict[int, _Enabled] = {}
         self._queues_reset: set[int] = set()

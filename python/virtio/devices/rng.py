@@ -17,6 +17,8 @@ DEVICE_ID: Final = DeviceId.ENTROPY
 REQUESTQ: Final = 0
 BUFFER_SIZE: Final = 4096
 """Most bytes that either end moves in one request."""
+READ_LIMIT: Final = 1 << 30
+"""Most bytes of one `RngDriver.read`."""
 
 
 class Feature(IntEnum):
@@ -42,13 +44,13 @@ class RngDriver(Driver):
             self.driver_ok()
 
     def read(self, count: int, *, timeout: float = 5.0) -> bytes:
-        """`count` random bytes. ValueError: fewer than 0. TypeError: not an integer.
+        """`count` random bytes. ValueError: fewer than 0, or more than `READ_LIMIT`. TypeError: not an integer.
 
         TimeoutError: no answer within `timeout` seconds; the request stays with the device, and the next read takes its bytes.
         SpecViolation: the device used a buffer and wrote nothing into it, or broke the queue.
         """
-        if (count := index(count)) < 0:
-            raise ValueError(f"count {count} is negative")
+        if not 0 <= (count := index(count)) <= READ_LIMIT:
+            raise ValueError(f"count {count} is outside 0..{READ_LIMIT}")
         found = bytearray()
         while len(found) < count:
             if not self.requestq.outstanding:
