@@ -470,13 +470,18 @@ class DeviceQueue:
         """The driver's first mistake, once a call raised it. Stays after `close`."""
     @property
     def base(self) -> int:
-        """Where to resume: the next available index; packed: offset and wrap counter of it in bits 0 to 15, of the used side above."""
+        """Where to resume: the next available index; packed: offset and wrap counter of it in bits 0 to 15, of the used side above.
+
+        It knows nothing of chains in flight: a queue that resumes from it never sees them again. Complete them and publish, or rewind them,
+        before it is saved.
+        """
     def connect(self, interrupt: EventFd | None) -> None:
         """What `publish` and burst calls signal when the driver wants to know; None for nothing."""
     def pop(self, limit: int | None = None) -> list[Chain]:
-        """Takes available chains, at most `limit`; [] if there are none. One call takes at most size and chain limit segments.
+        """Takes available chains, at most `limit`; [] if there are none.
 
-        A mistake of the driver is raised once no good chain is before it.
+        One call has room for as many segments as size and chain limit together, so it may give fewer chains than are available: the next
+        one goes on. A mistake of the driver is raised once no good chain is before it.
         """
     def complete(self, chain: Chain, length: int = 0) -> None:
         """Gives a chain back, `length` bytes of it written. Not visible before `publish`.
@@ -493,7 +498,11 @@ class DeviceQueue:
     def batch(self, capacity: int = 64) -> ChainBatch:
         """A new, empty batch for this queue with room for `capacity` chains (1 to 32768)."""
     def pop_batch(self, batch: ChainBatch) -> int:
-        """Takes available chains, behind those that are in the batch; returns how many. ValueError: another queue's batch."""
+        """Takes available chains, behind those that are in the batch; returns how many.
+
+        One call has room for as many segments as capacity and chain limit together, so it may give fewer chains than are available and fit:
+        the next one goes on. ValueError: another queue's batch.
+        """
     def complete_batch(self, batch: ChainBatch) -> int:
         """Gives back the batch's first `count` chains with the lengths in `used`, publishes, and notifies; returns how many.
 
@@ -512,7 +521,8 @@ class DeviceQueue:
     def fill_burst(self, burst: Burst) -> int:
         """Copies the burst's packets into writable chains, one each, completes, publishes, and notifies; returns how many were copied.
 
-        The slots of what was sent are free again; what found no chain stays in front. A packet that is longer than its chain's writable
+        The slots of what was sent are free again; what found no chain stays in front, and so may some that would find one, if chains have
+        many segments: room is as for `pop_batch`, and the next call goes on. A packet that is longer than its chain's writable
         bytes is lost: the chain is completed with length 0, and that counts as `dropped` and in `BufferPool.drops`. ValueError: an illegal
         row.
         """
