@@ -10,7 +10,7 @@ import pytest
 
 from tests.pair import BASE, PAYLOAD, Pair, fill, packets_of
 from virtio import Chain, DeviceQueue, DriverQueue, EventFd, Feature, GuestMemory, Memory, QueueFull, StatusError, layout, need_event
-from virtio._core import Burst
+from virtio._core import Burst, ChainBatch
 
 
 class Token:
@@ -354,13 +354,19 @@ def test_batches_carry_descriptors_only(ring_format: str) -> None:
     assert (pair.device.complete_batch(batch), pair.driver.pop_used()) == (3, [(2, 29), (3, 39), (4, 49)])
 
 
-def test_rewound_chains_leave_their_batch(ring_format: str) -> None:
+def with_six_chains(ring_format: str) -> tuple[Pair, ChainBatch]:
+    """A batch that holds all chains of its queue, of 10, 20 to 60 writable bytes; their tokens are 0 to 5."""
     pair = Pair(ring_format, 8)
     batch = pair.device.batch(6)
     for number in range(6):
         pair.driver.add(number, writable=[pair.room(10 * (number + 1))])
     pair.driver.publish()
     assert pair.device.pop_batch(batch) == 6
+    return pair, batch
+
+
+def test_rewound_chains_leave_their_batch(ring_format: str) -> None:
+    pair, batch = with_six_chains(ring_format)
     pair.device.rewind(4)
     assert (pair.device.pop_batch(batch), batch.count, list(batch.writable)) == (4, 6, [10, 20, 30, 40, 50, 60])
     batch.used[:] = batch.writable
@@ -372,12 +378,7 @@ def test_rewound_chains_leave_their_batch(ring_format: str) -> None:
 
 
 def test_rewound_chains_that_were_not_meant_leave_their_batch(ring_format: str) -> None:
-    pair = Pair(ring_format, 8)
-    batch = pair.device.batch(6)
-    for number in range(6):
-        pair.driver.add(number, writable=[pair.room(10 * (number + 1))])
-    pair.driver.publish()
-    assert pair.device.pop_batch(batch) == 6
+    pair, batch = with_six_chains(ring_format)
     batch.count = 1
     assert (pair.device.complete_batch(batch), batch.count) == (1, 5)
     batch.count = 2
