@@ -22,4 +22,5 @@ def test_boundary(benchmark: BenchmarkFixture, call: str, items: int) -> None:
 @pytest.mark.parametrize("payload", [0, 60, 1514])
 def test_round(benchmark: BenchmarkFixture, ring_format: str, items: int, payload: int) -> None:
     assert benchmark(round_trip(ring_format, items, payload)) == items
+    assert benchmark.stats is not None
     benchmark.extra_info["nanoseconds a buffer"] = benchmark.stats.stats.median / items * 1e9

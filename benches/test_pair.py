@@ -16,4 +16,5 @@ def test_pair(benchmark: BenchmarkFixture, ring_format: str, burst: int, payload
     pair = Pair(ring_format, size=256 if burst < 256 else 1024, burst=burst, payload=payload, total=total)
     nanoseconds = benchmark.pedantic(pair.measure, rounds=5, iterations=1, warmup_rounds=1)
     assert nanoseconds > 0
+    assert benchmark.stats is not None
     benchmark.extra_info["nanoseconds a buffer"] = benchmark.stats.stats.median / total * 1e9
