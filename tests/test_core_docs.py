@@ -27,17 +27,14 @@ def texts(body: list[ast.stmt], prefix: str = "") -> dict[str, str]:
     return found
 
 
-UNTOLD = ("DevicePort", "DriverPort", "net_header_size")
-"""Names that have their texts in the stub only, so far."""
-
-TEXTS = {name: text for name, text in texts(STUB.body).items() if name.partition(".")[0] not in UNTOLD}
+TEXTS = texts(STUB.body)
 
 
 def shown(of: object) -> dict[str, str | None]:
     """Docstrings of all public names at run time."""
     found: dict[str, str | None] = {}
     for name, value in vars(of).items():
-        if not name.startswith("_") and name not in UNTOLD and not isinstance(value, int):
+        if not name.startswith("_") and not isinstance(value, int):
             found[name] = value.__doc__
             if isinstance(value, type):
                 found |= {f"{name}.{member}": text for member, text in shown(value).items()}
@@ -62,8 +59,3 @@ def test_help_shows_the_first_sentence_of_the_stub(name: str) -> None:
     for part in name.split("."):
         value = getattr(value, part)
     assert value.__doc__ == first_sentence(TEXTS[name])
-
-
-@pytest.mark.parametrize("name", UNTOLD)
-def test_no_name_is_left_out_that_says_what_it_is(name: str) -> None:
-    assert not getattr(_core, name).__doc__

@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use virtio_net_path::header::{Reason, header_size};
 use virtio_net_path::{Frames, Traffic};
 
+/// Bytes of the header before each frame under these features, for both sides (5.1.6): 10, 12, 20, 24 or 32.
 #[pyfunction]
 pub fn net_header_size(features: Mask) -> Result<usize, Error> {
     Ok(header_size(features.bits()?))

@@ -12,6 +12,7 @@ use pyo3::types::{PyBytesMethods, PyDict, PyList};
 use std::sync::Mutex;
 use virtio_net_path::{DeviceBursts, Rules, Traffic};
 
+/// The device's end of a network device's queue pair (5.1.6): as `DriverPort`, with the names of the driver's queues.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DevicePort {
     receiveq: Py<DeviceQueue>,
@@ -33,21 +34,25 @@ impl DevicePort {
         Ok(DevicePort { receiveq, transmitq, rules, sent: Mutex::default(), received: Mutex::default() })
     }
 
+    /// Where frames go: the queue from which the driver receives.
     #[getter]
     fn receiveq(&self, py: Python<'_>) -> Py<DeviceQueue> {
         self.receiveq.clone_ref(py)
     }
 
+    /// Where frames come from.
     #[getter]
     fn transmitq(&self, py: Python<'_>) -> Py<DeviceQueue> {
         self.transmitq.clone_ref(py)
     }
 
+    /// Bytes of the header (5.1.6).
     #[getter]
     fn header_size(&self) -> usize {
         self.rules.header
     }
 
+    /// Takes back what the burst holds, completes chains whose slots came back, and fills it with slots whose headers are zero.
     fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -65,6 +70,7 @@ impl DevicePort {
         })
     }
 
+    /// Copies the burst's packets into receive buffers, publishes, and notifies; returns how many.
     fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -80,6 +86,7 @@ impl DevicePort {
         })
     }
 
+    /// Gives back what the burst holds, completes chains whose slots came back, and fills it with transmitted packets; how many.
     fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         burst.shared.check()?;
@@ -99,6 +106,7 @@ impl DevicePort {
         })
     }
 
+    /// Copies frames into receive buffers; returns how many are done with, from the first on: one longer than the driver's buffer is dropped and counted.
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
         let frames = port::outgoing(frames)?;
         DeviceBursts::check_frames(frames.iter().map(|frame| frame.as_bytes()))?;
@@ -113,6 +121,7 @@ impl DevicePort {
         })
     }
 
+    /// Copies of transmitted frames, at most `limit`; their chains are completed.
     #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
     fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
         let limit = port::limit(&limit)?;
@@ -126,6 +135,7 @@ impl DevicePort {
         })
     }
 
+    /// As of `DriverPort`.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);

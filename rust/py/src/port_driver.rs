@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use virtio_memory::HEADROOM;
 use virtio_net_path::{DriverBursts, ReceiveBuffers, Rules, Traffic};
 
+/// The driver's end of a network device's queue pair (5.1.6): each call is one crossing for a whole burst.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DriverPort {
     receiveq: Py<DriverQueue>,
@@ -101,26 +102,31 @@ impl DriverPort {
         Ok(port)
     }
 
+    /// Where frames come from.
     #[getter]
     fn receiveq(&self, py: Python<'_>) -> Py<DriverQueue> {
         self.receiveq.clone_ref(py)
     }
 
+    /// Where frames go.
     #[getter]
     fn transmitq(&self, py: Python<'_>) -> Py<DriverQueue> {
         self.transmitq.clone_ref(py)
     }
 
+    /// Whose slots they are in.
     #[getter]
     fn pool(&self, py: Python<'_>) -> Py<BufferPool> {
         self.pool.clone_ref(py)
     }
 
+    /// Bytes of the header (5.1.6).
     #[getter]
     fn header_size(&self) -> usize {
         self.rules.header
     }
 
+    /// Gives the device receive buffers, as many as it is to have and the pool has slots for; returns how many.
     fn refill(&self, py: Python<'_>) -> Result<usize, Error> {
         self.pool.get().shared.check()?;
         self.with(py, &self.receiveq, 1, |open| {
@@ -129,6 +135,7 @@ impl DriverPort {
         })
     }
 
+    /// Frees the slots of what was sent, takes back what the burst holds, and fills it with slots whose headers are zero; how many.
     fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         self.check(burst)?;
@@ -138,6 +145,7 @@ impl DriverPort {
         })
     }
 
+    /// Sends the burst's packets, publishes, and notifies; returns how many.
     fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         self.check(burst)?;
@@ -149,6 +157,7 @@ impl DriverPort {
         })
     }
 
+    /// Gives back what the burst holds, fills it with received packets, and gives the device new buffers; returns how many packets.
     fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
         let burst = burst.get();
         self.check(burst)?;
@@ -162,6 +171,7 @@ impl DriverPort {
         })
     }
 
+    /// Copies and sends frames; returns how many fitted, from the first on.
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
         self.pool.get().shared.check()?;
         let frames = port::outgoing(frames)?;
@@ -175,6 +185,7 @@ impl DriverPort {
         })
     }
 
+    /// Copies of received frames, at most `limit`; their slots are the device's again.
     #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
     fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
         self.pool.get().shared.check()?;
@@ -189,6 +200,7 @@ impl DriverPort {
         })
     }
 
+    /// `sent_frames`, `sent_bytes`, `sent_drops` (by reason: short, long, checksum, gso, num_buffers, missing, offload); so received.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);
