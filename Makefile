@@ -32,9 +32,9 @@ fix: setup ## format everything, and mend what ruff can
 	ruff check --quiet --fix
 	ruff format --quiet
 
-demo: setup develop qemu-tools ## set up, then run the examples
-	python examples/rng.py
-	python examples/new_device.py
+demo: setup develop qemu-tools ## set up, then the session of `virtio demo`: our own device, then QEMU's
+	virtio demo --seconds 3
+	virtio demo --qemu --seconds 3
 
 wheel: setup ## wheel (abi3, manylinux_2_28) and sdist into dist/
 	scripts/wheel.sh dist

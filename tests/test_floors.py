@@ -22,6 +22,7 @@ LONGER = {"python/virtio/_core.pyi": 1200}  # one module has one stub
 # Floor and wing of every module, by the longest prefix that fits. Within floor 4 the two wings never import each other.
 PLACES: dict[str, tuple[int, str]] = {
     "virtio": (5, ""),
+    "virtio.__main__": (5, ""),
     "virtio.cli": (5, ""),
     "virtio.bench": (5, ""),
     "virtio.devices": (4, "device types"),

@@ -83,7 +83,7 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel: Path) -> None:
     said = Parser().parsestr(zipfile.ZipFile(wheel).read(metadata).decode())
     assert said["License-Expression"] == "MIT OR Apache-2.0" and said["Requires-Python"] == ">=3.11"
     needs = [need for need in said.get_all("Requires-Dist", []) if "extra ==" not in need]
-    assert [re.split(r"\W", need)[0] for need in needs] == ["numpy"]
+    assert [re.split(r"\W", need)[0] for need in needs] == ["numpy", "click", "rich"]
 
 
 def test_the_sdist_holds_what_it_takes_to_build(sdist: Path) -> None:

@@ -1,0 +1,231 @@
+"""What `virtio demo` does, in its worker: the device, its driver, `vn0` and `peer0`, ping and iperf3. It tells all by events."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from virtio.cli.inspect import inspect
+from virtio.cli.network import IFF_VNET_HDR, Namespace, bring_up, open_tap
+from virtio.cli.output import CommandError
+from virtio.cli.pump import CARRIED, Pump
+from virtio.cli.worker import Emit
+from virtio.devices.net import CHECKSUMS, GUEST_OFFLOADS, HOST_OFFLOADS, WANTED, NetDevice, NetDriver, NetFeature
+from virtio.features import Features
+from virtio.pci.emulated import EmulatedFunction
+from virtio.spec import Feature
+from virtio.transport.pci import PciTransport
+
+if TYPE_CHECKING:
+    from virtio.pci.function import PciFunction
+
+DRIVER: Final = ("vn0", "192.168.90.1")
+PEER: Final = ("peer0", "192.168.90.2")
+PINGS: Final = 6
+PING_SECONDS: Final = 20
+OFFLOADS: Final = GUEST_OFFLOADS | HOST_OFFLOADS | CHECKSUMS
+"""What --no-offloads leaves out."""
+GRACE: Final = 20.0
+"""Seconds that a program may take longer than it was told to."""
+_RATE = re.compile(r"([\d.]+) ([KMGT]?)bits/sec.*\b(sender|receiver)\s*$")
+_PING = re.compile(r"(\d+) packets transmitted, (\d+) received")
+_RTT = re.compile(r"= ([\d.]+)/([\d.]+)/([\d.]+)")
+_SCALE: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Wishes(NamedTuple):
+    """What the command line asked for."""
+
+    qemu: bool
+    packed: bool
+    offloads: bool
+    seconds: int
+
+
+def session(wishes: Wishes, emit: Emit) -> None:
+    """The whole of it, from probing to the last figures. CommandError, VirtioError, OSError: why it ended early."""
+    with ExitStack() as stack:
+        near, far = Namespace(), Namespace()
+        with far.entered():
+            far_tap = open_tap(PEER[0], IFF_VNET_HDR if wishes.qemu else 0)
+            stack.callback(os.close, far_tap)
+        with near.entered():
+            tap = open_tap(DRIVER[0])
+            stack.callback(os.close, tap)
+        device: NetDevice | None = None
+        function: PciFunction
+        if wishes.qemu:
+            function = _start_qemu(stack, far_tap, wishes)
+        else:
+            device = NetDevice()
+            function = EmulatedFunction(device)
+        transport = stack.enter_context(PciTransport(function))
+        report = inspect(transport, "qemu:virtio-net-pci" if wishes.qemu else "emulated:net")
+        emit("device", report=report)
+        wanted = WANTED - (OFFLOADS - CARRIED if wishes.offloads else OFFLOADS)
+        if not wishes.packed:
+            wanted = wanted - {Feature.RING_PACKED}
+        required = {Feature.RING_PACKED} if wishes.packed else set()
+        net = stack.enter_context(NetDriver(transport, wanted=wanted, required=required, slots=2048))
+        accepted = Features(net.features, names=[NetFeature])
+        emit(
+            "driver",
+            accepted=[{"bit": int(bit), "name": getattr(bit, "name", None)} for bit in accepted],
+            mac=net.mac.hex(":"),
+            mtu=net.mtu,
+            link=net.link,
+            queues=[net.receiveq.size, net.transmitq.size],
+            format="packed" if Feature.RING_PACKED in accepted else "split",
+        )
+        ends: list[tuple[NetDriver | NetDevice, int]] = [(net, tap)]
+        if device is not None:
+            ends.append((device, far_tap))
+        pump = Pump(ends)
+        pump.start()
+        stack.callback(pump.stop)
+        with near.entered():
+            bring_up(*DRIVER, mac=net.mac, mtu=net.mtu)
+        with far.entered():
+            bring_up(*PEER, mtu=net.mtu)
+        emit("up", name=DRIVER[0], address=DRIVER[1], peer=PEER[0], peer_address=PEER[1])
+        run = Programs(emit, pump.check)
+        ping = run.ping(near)
+        rates = run.iperf3(near, far, wishes.seconds)
+        pump.check()
+        kernel = far.counters(PEER[0])
+        emit(
+            "result",
+            ping=ping,
+            iperf3=rates,
+            vn0=net.statistics,
+            peer0=device.statistics if device is not None else {"sent_frames": kernel["sent_frames"], **_swapped(kernel)},
+            tap_drops=pump.drops,
+        )
+
+
+def _start_qemu(stack: ExitStack, tap: int, wishes: Wishes) -> "PciFunction":
+    from virtio.pci.qtest import QemuMachine
+
+    options = "packed=on," if wishes.packed else ""
+    machine = QemuMachine(
+        [f"virtio-net-pci,netdev=peer,{options}rx_queue_size=1024,tx_queue_size=256,disable-legacy=on"],
+        netdevs=[f"tap,id=peer,fd={tap},vhost=off"],
+        pass_fds=[tap],
+    )
+    stack.enter_context(suppress(BufferError))  # the RAM stays as long as somebody knows the driver's pool: until this process ends
+    stack.enter_context(machine)
+    (function,) = machine.functions()
+    return function
+
+
+def _swapped(kernel: dict[str, int]) -> dict[str, int]:
+    """What the kernel's interface received is what the far end sent to it, and was received from the driver by that end."""
+    return {
+        "sent_frames": kernel["sent_frames"],
+        "sent_bytes": kernel["sent_bytes"],
+        "received_frames": kernel["received_frames"],
+        "received_bytes": kernel["received_bytes"],
+    }
+
+
+class Programs:
+    """Runs real programs and tells what they print, line by line."""
+
+    def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
+        """`check` is called again and again, and raises when there is no sense in going on."""
+        self._emit, self._check = emit, check
+
+    def ping(self, near: Namespace) -> dict[str, Any]:
+        """Pings the peer; what came back, and after how many milliseconds."""
+        words = ["ping", "-n", "-c", str(PINGS), "-i", "0.2", "-w", str(PING_SECONDS), PEER[1]]
+        with near.entered():
+            lines = self._run(words, "ping", seconds=1.2, limit=PING_SECONDS, may_fail=True)
+        text = "\n".join(lines)
+        if (found := _PING.search(text)) is None:
+            raise CommandError(f"ping failed: {lines[-1] if lines else 'it said nothing'}")
+        if not int(found[2]):
+            raise CommandError(f"none of {found[1]} pings was answered")
+        times = _RTT.search(text)
+        names = ("min_ms", "avg_ms", "max_ms")
+        return {
+            "sent": int(found[1]),
+            "received": int(found[2]),
+            **{name: float(times[place]) if times else None for place, name in enumerate(names, 1)},
+        }
+
+    def iperf3(self, near: Namespace, far: Namespace, seconds: int) -> list[dict[str, Any]]:
+        """One TCP stream each way; bits per second that arrived."""
+        found = []
+        with ExitStack() as stack:
+            with far.entered():
+                server = _start(["iperf3", "-s", "--forceflush"])
+            stack.callback(_kill, server)
+            for direction, words in ((f"{DRIVER[0]} to {PEER[0]}", []), (f"{PEER[0]} to {DRIVER[0]}", ["-R"])):
+                self._await(server, "Server listening")
+                command = ["iperf3", "-c", PEER[1], "-t", str(seconds), "--connect-timeout", "5000", "--forceflush", *words]
+                with near.entered():
+                    lines = self._run(command, f"iperf3, {direction}", seconds=seconds, limit=seconds)
+                rates = {match[3]: float(match[1]) * _SCALE[match[2]] for line in lines if (match := _RATE.search(line))}
+                if "receiver" not in rates:
+                    raise CommandError(f"iperf3 told no rate from {direction}: {lines[-1] if lines else 'it said nothing'}")
+                found.append({"direction": direction, "bits_per_second": rates["receiver"]})
+        return found
+
+    def _run(self, words: Sequence[str], title: str, *, seconds: float, limit: float, may_fail: bool = False) -> list[str]:
+        self._emit("step", title=title, seconds=seconds, command=" ".join(words))
+        process = _start(words)
+        try:
+            lines = self._lines(process, limit + GRACE, show=True)
+            status = process.wait()
+        finally:
+            _kill(process)
+        if status < 0 or (status and not may_fail):
+            said = next((line for line in reversed(lines) if line), "it said nothing")
+            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed: {said}"
+            raise CommandError(f"{words[0]} {how}")
+        return lines
+
+    def _await(self, process: "subprocess.Popen[bytes]", word: str) -> None:
+        lines = self._lines(process, GRACE, show=False, until=word)
+        if not lines or word not in lines[-1]:
+            raise CommandError(f"iperf3's server did not start: {' '.join(lines)}")
+
+    def _lines(self, process: "subprocess.Popen[bytes]", limit: float, *, show: bool, until: str | None = None) -> list[str]:
+        """Lines up to the end of output, or to one with `until`. CommandError: that takes longer than `limit` seconds."""
+        assert process.stdout is not None
+        deadline = monotonic() + limit
+        watch = select.poll()
+        watch.register(process.stdout, select.POLLIN)
+        lines: list[str] = []
+        while monotonic() < deadline:
+            self._check()
+            if not watch.poll(100):
+                continue
+            data = process.stdout.readline()  # programs print whole lines
+            if not data:
+                return lines
+            lines.append(data.decode(errors="replace").rstrip())
+            if show:
+                self._emit("output", text=lines[-1])
+            if until is not None and until in lines[-1]:
+                return lines
+        raise CommandError(f"no end of {process.args[0]!r} after {limit:.0f} s")  # type: ignore[index]
+
+
+def _start(words: Sequence[str]) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "LC_ALL": "C"}
+    # Unbuffered: a line that is in a buffer of ours would not wake poll.
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, bufsize=0)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

@@ -1,0 +1,111 @@
+"""What `virtio probe` can look at: a table of kinds, each with a way to open one. A new kind is one more entry."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import click
+from click.shell_completion import CompletionItem
+
+from virtio.cli.output import CommandError
+
+if TYPE_CHECKING:
+    from virtio.device import Device
+    from virtio.transport import Transport
+
+EMULATED: Final = ("net", "rng")
+"""Device types of this package that stand on an emulated function."""
+
+
+class Opener(NamedTuple):
+    """A kind of target: how it is written, what it is, the words known behind the colon (if only those are), how one is opened."""
+
+    form: str
+    help: str
+    words: tuple[str, ...]
+    open: Callable[[str], "AbstractContextManager[Transport]"]
+
+
+class Target(NamedTuple):
+    """A target that was written as it should be."""
+
+    kind: str
+    rest: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.rest}"
+
+    def open(self) -> "AbstractContextManager[Transport]":
+        """The transport to it, for as long as the context lasts. VirtioError, CommandError: it cannot be had."""
+        return OPENERS[self.kind].open(self.rest)
+
+
+def emulated_device(name: str) -> "Device":
+    """A device of ours."""
+    if name == "rng":
+        from virtio.devices.rng import RngDevice
+
+        return RngDevice()
+    from virtio.devices.net import NetDevice
+
+    return NetDevice()
+
+
+@contextmanager
+def _open_emulated(name: str) -> "Iterator[Transport]":
+    from virtio.pci.emulated import EmulatedFunction
+    from virtio.transport.pci import PciTransport
+
+    with PciTransport(EmulatedFunction(emulated_device(name))) as transport:
+        yield transport
+
+
+@contextmanager
+def _open_qemu(device: str) -> "Iterator[Transport]":
+    from virtio.pci import config
+    from virtio.pci.qtest import QemuMachine
+    from virtio.transport.pci import PciTransport
+
+    with QemuMachine([device]) as machine:
+        functions = machine.functions()
+        if not functions:
+            raise CommandError(f"{device.split(',')[0]} is not on QEMU's PCI bus")
+        virtio = [function for function in functions if function.config_read(config.VENDOR_ID, 2) == config.VENDOR]
+        with PciTransport((virtio or functions)[0]) as transport:  # which says what is wrong with it
+            yield transport
+
+
+OPENERS: Final[dict[str, Opener]] = {
+    "emulated": Opener(
+        "emulated:net, emulated:rng", "a device of this package on its own PCI function, in this process", EMULATED, _open_emulated
+    ),
+    "qemu": Opener(
+        "qemu:DEVICE[,OPTION=VALUE...]", "a device of QEMU's, written as behind its -device: qemu:virtio-net-pci,mac=...", (), _open_qemu
+    ),
+}
+
+
+def known() -> str:
+    """All kinds, as they are written."""
+    return ", ".join(opener.form for opener in OPENERS.values())
+
+
+class TargetType(click.ParamType[Target]):
+    """A target on the command line."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Target:
+        """Reads `KIND:REST`; a wrong one is told what is known."""
+        if isinstance(value, Target):
+            return value
+        kind, colon, rest = str(value).partition(":")
+        opener = OPENERS.get(kind)
+        if opener is None or not colon or not rest.strip() or "\0" in rest or (opener.words and rest not in opener.words):
+            self.fail(f"{value!r} is no target that is known: {known()}", param, ctx)
+        return Target(kind, rest)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Kinds, and the words behind their colons."""
+        words = [f"{kind}:{word}" for kind, opener in OPENERS.items() for word in opener.words or ("virtio-net-pci",)]
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
