@@ -17,32 +17,67 @@ pub fn duplicate(fd: RawFd) -> Result<OwnedFd, MemoryError> {
     }
 }
 
-/// The most descriptors that [`wait_readable`] looks at.
-const MAX_WAITED: usize = 64;
+/// Makes it answer EAGAIN instead of waiting, for all who share the open file.
+///
+/// # Errors
+/// `Os` if its flags cannot be changed.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> Result<(), MemoryError> {
+    // SAFETY: fcntl with these commands touches no memory.
+    unsafe {
+        let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+        if flags < 0 || libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
+            return Err(MemoryError::last_os("fcntl(O_NONBLOCK)"));
+        }
+    }
+    Ok(())
+}
 
-/// Sleeps until one of these descriptors has something to read, or an error to tell, however long that takes.
+/// The most descriptors that [`wait_ready`] looks at.
+pub const MAX_WAITED: usize = 64;
+
+/// What [`wait_ready`] found, a bit for each descriptor by its place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready {
+    /// Something to read.
+    pub readable: u64,
+    /// An error, or nobody at the other end any more.
+    pub failed: u64,
+}
+
+/// Sleeps until one of these descriptors has something to read, if that is wanted of it, or an error to tell; at most `timeout` (`None`: for
+/// ever), after which nothing is ready.
 ///
 /// # Errors
 /// `BadSize` for more than 64 of them; `Os` as the kernel answers, but for EINTR, after which it sleeps on.
-pub fn wait_readable<'a>(fds: impl IntoIterator<Item = BorrowedFd<'a>>) -> Result<(), MemoryError> {
-    let mut polled = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; MAX_WAITED];
+pub fn wait_ready<'a>(
+    fds: impl IntoIterator<Item = (BorrowedFd<'a>, bool)>,
+    timeout: Option<std::time::Duration>,
+) -> Result<Ready, MemoryError> {
+    let mut polled = [libc::pollfd { fd: -1, events: 0, revents: 0 }; MAX_WAITED];
     let mut count = 0;
-    for fd in fds {
+    for (fd, readable) in fds {
         let Some(place) = polled.get_mut(count) else {
             let (value, max) = (count as u64 + 1, MAX_WAITED as u64);
             return Err(MemoryError::BadSize { what: "number of descriptors", value, min: 0, max, multiple_of: 1 });
         };
-        place.fd = fd.as_raw_fd();
+        *place = libc::pollfd { fd: fd.as_raw_fd(), events: if readable { libc::POLLIN } else { 0 }, revents: 0 };
         count += 1;
     }
+    let limit = timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
     loop {
         // SAFETY: `count` entries of the array, no more than it has.
-        let ready = unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, -1) };
+        let ready = unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, limit) };
         if ready >= 0 {
-            return Ok(());
+            break;
         }
         if last_errno() != libc::EINTR {
             return Err(MemoryError::last_os("poll"));
         }
     }
+    let mut found = Ready::default();
+    for (index, place) in polled[..count].iter().enumerate() {
+        found.readable |= u64::from(place.revents & libc::POLLIN != 0) << index;
+        found.failed |= u64::from(place.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0) << index;
+    }
+    Ok(found)
 }

@@ -1,5 +1,6 @@
 //! How one side tells the other that there is work: an eventfd, or a store into a device's register.
 
+use crate::descriptor::set_nonblocking;
 use crate::error::{MemoryError, last_errno};
 use crate::registers::Registers;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -38,13 +39,7 @@ impl EventFd {
             Ok(kind) if kind.as_os_str() != "anon_inode:[eventfd]" => return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() }),
             _ => {}
         }
-        // SAFETY: fcntl with these commands touches no memory.
-        unsafe {
-            let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
-            if flags < 0 || libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0 {
-                return Err(MemoryError::last_os("fcntl(O_NONBLOCK)"));
-            }
-        }
+        set_nonblocking(fd.as_fd())?;
         Ok(Self { fd })
     }
 

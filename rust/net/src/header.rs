@@ -196,6 +196,11 @@ impl Offloads {
         }
     }
 
+    /// Bytes of the longest frame: with segmentation, or of Ethernet with a VLAN tag.
+    pub(crate) fn longest(&self) -> usize {
+        if self.tso4 || self.tso6 || self.ufo || self.uso { MAX_FRAME } else { 1518 }
+    }
+
     fn allows(&self, gso_type: u8) -> bool {
         let tcp = match gso_type & !GSO_ECN {
             GSO_TCPV4 => self.tso4,

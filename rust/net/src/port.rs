@@ -36,6 +36,18 @@ impl Rules {
     }
 }
 
+impl Rules {
+    /// Bytes of the longest frame that may come in: a buffer for a whole packet holds that (5.1.6.3.1).
+    pub fn longest_incoming(&self) -> usize {
+        self.incoming.longest()
+    }
+
+    /// Bytes of the longest frame that may go out, unless the MTU is above 1500.
+    pub fn longest_outgoing(&self) -> usize {
+        self.outgoing.longest()
+    }
+}
+
 /// What went one way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {

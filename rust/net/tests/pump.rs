@@ -41,7 +41,7 @@ fn frames_go_from_the_drivers_tap_to_the_devices() {
     for format in BOTH {
         let Link { guest, mut driver, mut device, mut from_driver, pool, .. } = link(format, 16, 64, false);
         let ((near, source), (far, sink)) = (tap(), tap());
-        let mut transmit = DriverTransmit::new(pool.clone(), Rules::driver(MERGEABLE)).unwrap();
+        let mut transmit = DriverTransmit::new(&driver, pool.clone(), Rules::driver(MERGEABLE), common::PAYLOAD).unwrap();
         let mut to_tap = DeviceTransmit::new(&device, Rules::device(MERGEABLE)).unwrap();
         let table = guest.table();
         for round in 0..40 {
@@ -51,7 +51,7 @@ fn frames_go_from_the_drivers_tap_to_the_devices() {
             let step = transmit.step(&mut driver, &mut from_driver, &table, near.as_fd()).unwrap();
             assert!(step.moved >= 3 && !step.starved, "{step:?}");
             driver.publish();
-            assert_eq!(to_tap.step(&mut device, far.as_fd()), Ok(Step { moved: 3, starved: true }));
+            assert_eq!(to_tap.step(&mut device, far.as_fd()), Ok(Step { moved: 3, starved: true, soon: false }));
             device.publish();
             for seed in 0..3 {
                 assert_eq!(arrived(&sink), Some(framed([0; 12], &packet(60 + seed * 60, round + seed))));
@@ -77,7 +77,7 @@ fn frames_go_from_the_devices_tap_to_the_drivers_over_several_buffers() {
         let table = guest.table();
         // Without buffers the TAP is not read.
         source.send(&framed([0; 12], &packet(60, 9))).unwrap();
-        assert_eq!(from_tap.step(&mut device, far.as_fd()), Ok(Step { moved: 0, starved: true }));
+        assert_eq!(from_tap.step(&mut device, far.as_fd()), Ok(Step { moved: 0, starved: true, soon: false }));
         receive.step(&mut driver, &mut from_driver, &table, near.as_fd()).unwrap();
         driver.publish();
         assert_eq!(driver.outstanding(), 16);

@@ -135,12 +135,16 @@ fn private_bytes_stand_before_and_behind_guest_segments() {
 }
 
 #[test]
-fn whoever_waits_wakes_when_one_of_several_can_be_read() {
-    let ((quiet, _keep), (from, mut to)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+fn whoever_waits_wakes_when_one_of_several_can_be_read_or_has_failed() {
+    let ((quiet, keep), (from, mut to)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
     to.write_all(&[1]).unwrap();
-    assert_eq!(virtio_memory::wait_readable([quiet.as_fd(), from.as_fd()]), Ok(()));
-    let many = std::iter::repeat_n(from.as_fd(), 65);
-    assert!(matches!(virtio_memory::wait_readable(many), Err(MemoryError::BadSize { value: 65, max: 64, .. })));
+    let ready = |readable, failed| Ok(virtio_memory::Ready { readable, failed });
+    assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), true), (from.as_fd(), true)], None), ready(2, 0));
+    assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), true), (from.as_fd(), false)], Some(Duration::ZERO)), ready(0, 0));
+    drop(keep);
+    assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), false), (from.as_fd(), false)], None), ready(0, 1));
+    let many = std::iter::repeat_n((from.as_fd(), true), 65);
+    assert!(matches!(virtio_memory::wait_ready(many, None), Err(MemoryError::BadSize { value: 65, max: 64, .. })));
 }
 
 #[test]

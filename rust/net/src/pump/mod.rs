@@ -1,23 +1,31 @@
 //! Frames between a queue and a TAP descriptor (IFF_VNET_HDR), by `readv` and `writev` straight between the kernel and the ring's buffers.
 //!
 //! Each pump moves one burst a step, publishes nothing itself, and sleeps nowhere: the caller holds the queue's lock for the step, publishes
-//! once, and waits when no pump moved anything. Headers go through private bytes: copied first, judged, and only then passed on.
+//! once, and waits when no pump moved anything ([`runner`]). Headers go through private bytes: copied first, judged, and only then passed on.
 
-mod device;
-mod driver;
+mod device_receive;
+mod device_transmit;
+mod driver_receive;
+mod driver_transmit;
+pub mod runner;
 
-pub use device::{DeviceReceive, DeviceTransmit};
-pub use driver::{DriverReceive, DriverTransmit};
+pub use device_receive::DeviceReceive;
+pub use device_transmit::DeviceTransmit;
+pub use driver_receive::DriverReceive;
+pub use driver_transmit::DriverTransmit;
 
 use crate::error::BurstError;
 use crate::header::Reason;
 use crate::port::Traffic;
 use virtio_memory::MemoryError;
+use virtqueue::{DeviceQueue, DeviceRing, DriverQueue, DriverRing, RingError, Segment};
 
 /// Frames of one step, at most.
 const BURST: usize = 64;
 /// A step ends after the frame that reaches so many bytes: the other end finds them in the cache.
 const BURST_BYTES: usize = 256 << 10;
+/// Pieces of one `readv` or `writev`, at most.
+const ALL_PIECES: usize = 1024;
 /// The longest header there is (5.1.6).
 const MAX_HEADER: usize = 32;
 
@@ -35,6 +43,8 @@ pub struct Step {
     pub moved: usize,
     /// It waits for buffers of the queue, not for the TAP.
     pub starved: bool,
+    /// Beside that, it waits for something that nobody tells it of (slots of the pool, more buffers than there are): it looks again soon.
+    pub soon: bool,
 }
 
 /// What a pump has done.
@@ -62,6 +72,23 @@ fn written(result: Result<usize, MemoryError>) -> Result<Result<Written, Reason>
         Err(MemoryError::TooManySegments { .. }) => Ok(Err(Reason::Long)),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The memory behind this was taken away while the kernel used it (device-24).
+#[cold]
+fn driver_memory_lost<R: DriverRing>(queue: &mut DriverQueue<R>, address: u64, len: u64) -> BurstError {
+    let error = RingError::MemoryLost { address, len };
+    queue.break_with(error.clone());
+    error.into()
+}
+
+/// As [`driver_memory_lost`], at the other end.
+#[cold]
+fn device_memory_lost<R: DeviceRing>(queue: &mut DeviceQueue<R>, first: Option<&Segment>) -> BurstError {
+    let (address, len) = first.map_or((0, 0), |segment| (segment.address, segment.len.into()));
+    let error = RingError::MemoryLost { address, len };
+    queue.break_with(error.clone());
+    error.into()
 }
 
 /// A list of segments without its first bytes.
