@@ -34,6 +34,8 @@ __all__ = [
     "EventFd",
     "GuestMemory",
     "Memory",
+    "Pump",
+    "PumpRunner",
     "__version__",
     "_hold",
     "layout",
@@ -644,6 +646,74 @@ class DevicePort:
     @property
     def counters(self) -> dict[str, Any]:
         """As of `DriverPort`."""
+
+@final
+class Pump:
+    """Frames between one queue of a network device (5.1.6) and a TAP, in a loop without the GIL, and without a copy of ours.
+
+    The TAP has IFF_VNET_HDR and a header of the queue's size (`net_header_size`); any descriptor that reads and writes whole frames will do.
+    It is duplicated, made non-blocking for all who share it, and closed with the pump. A pump does nothing until a `PumpRunner` runs it. Its
+    queue may be looked at, and reset, by anybody meanwhile; chains with tokens do not go together with a driver's pump.
+
+    A header is copied, judged and only then passed on. A TAP is told to complete checksums that the other end does not take: frames for
+    which it would have to be done here are dropped. Making one raises ValueError for features without VERSION_1, StatusError for what is
+    closed, OSError for a bad descriptor.
+    """
+
+    @staticmethod
+    def driver_transmit(queue: DriverQueue, pool: BufferPool, tap: int, *, features: SupportsIndex, interrupt: EventFd) -> Pump:
+        """From the TAP to a driver's transmit queue.
+
+        A frame takes as many slots as it needs: with segmentation negotiated up to 65589 bytes (one slot of 65664 bytes, or many), without
+        one slot; a longer one is dropped. `interrupt`: what the device signals for this queue. ValueError: the longest frame takes more
+        slots than the queue has entries, or the pool slots.
+        """
+    @staticmethod
+    def driver_receive(queue: DriverQueue, pool: BufferPool, tap: int, *, features: SupportsIndex, interrupt: EventFd) -> Pump:
+        """From a driver's receive queue to the TAP; the buffers are given to the device again.
+
+        A queue without buffers is given some, of half of the pool's slots at most: of one slot each with MRG_RXBUF, else long enough for any
+        frame. `interrupt`: what the device signals for this queue. ValueError: such a buffer takes too many slots.
+        """
+    @staticmethod
+    def device_transmit(queue: DeviceQueue, tap: int, *, features: SupportsIndex, doorbell: EventFd) -> Pump:
+        """From a driver's transmitted chains to the TAP. `doorbell`: what the driver rings for this queue."""
+    @staticmethod
+    def device_receive(queue: DeviceQueue, tap: int, *, features: SupportsIndex, doorbell: EventFd, longest: int) -> Pump:
+        """From the TAP to the receive buffers of a driver. `doorbell`: what the driver rings for this queue.
+
+        `longest`: bytes of the longest frame, 1 to 65589, its header not counted; a longer one is dropped. So is, after a moment, one for
+        which the driver keeps too few buffers. Without any buffer the TAP is not read. ValueError: `longest` outside its range.
+        """
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """`frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and `sleeps`: how often its runner slept."""
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone."""
+    @property
+    def running(self) -> bool:
+        """Whether a runner has it, and it has not stopped with an error."""
+    def close(self) -> None:
+        """Closes the TAP's duplicate. StatusError: a runner has the pump; one that has returned has not."""
+
+@final
+class PumpRunner:
+    """Runs pumps, on the one thread that calls `run`. Asleep while none has anything to do."""
+
+    def __new__(cls, pumps: list[Pump]) -> Self:
+        """ValueError: no pump, more than 31, or one twice."""
+    def run(self) -> None:
+        """Moves frames, without the GIL, until `stop` or until every pump has stopped with an error; then raises the first error, if any.
+
+        A pump that fails does not end the others. Signal handlers run when it returns: do not call it in the main thread. StatusError: a
+        pump is closed or runs already, or its queue is closed; then none was started.
+        """
+    def stop(self) -> None:
+        """Ends `run`, or the next one at once; from any thread. Does not wait for it."""
+    @property
+    def failed(self) -> EventFd:
+        """Signalled whenever a pump stops with an error, which its `error` then tells."""
 
 def net_header_size(features: SupportsIndex) -> int:
     """Bytes of the header before each frame under these features, for both sides (5.1.6): 10, 12, 20, 24 or 32."""

@@ -269,6 +269,11 @@ class Device:
         served = self._served.get(index)
         return None if served is None else served.queue
 
+    def doorbell(self, index: int) -> EventFd | None:
+        """What the driver rings for the enabled queue at `index`, for those who serve it themselves."""
+        served = self._served.get(index)
+        return None if served is None else served.doorbell
+
     @locked
     def setup_queue(self, index: int, size: int, areas: tuple[int, int, int], *, doorbell: EventFd, interrupt: EventFd | None) -> None:
         """Enables a queue; until reset its size and areas stay (3.1.1 step 7, 2.6.1).

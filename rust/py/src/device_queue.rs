@@ -7,7 +7,7 @@ use crate::chain::Chain;
 use crate::errors::{self, Error, named};
 use crate::eventfd::EventFd;
 use crate::guest::GuestMemory;
-use crate::lock::{lock, lock_pool};
+use crate::lock::{Fair, lock_pool};
 use crate::ring::{self, Ring};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_memory::{BoundToProcess, Doorbell};
 use virtio_net_path::DeviceBursts;
+use virtio_net_path::pump::runner::Wake;
 use virtqueue::event::Cursor;
 use virtqueue::packed::{PackedDevice, PackedRing};
 use virtqueue::split::{SplitDevice, SplitRing};
@@ -55,9 +56,17 @@ struct State {
     counters: DeviceCounters,
     base: u32,
     broken: Option<Py<PyAny>>,
+    /// The runner of a pump on this queue, which is told when it closes or breaks.
+    wake: Option<Arc<Wake>>,
 }
 
 impl State {
+    fn tell(&self) {
+        if let Some(wake) = &self.wake {
+            wake.look();
+        }
+    }
+
     #[inline]
     fn open(&mut self) -> Result<&mut Open, Error> {
         self.open.as_mut().ok_or_else(|| Error::closed("queue"))
@@ -68,14 +77,14 @@ impl State {
 pub struct Shared {
     pub ring: Ring,
     process: BoundToProcess,
-    state: Mutex<State>,
+    state: Fair<State>,
 }
 
 impl Shared {
     #[inline]
     fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
         self.process.check()?;
-        Ok(lock(py, &self.state))
+        Ok(self.state.lock(py))
     }
 
     /// Runs `call` on the open queue. The first mistake of the driver becomes the exception that `broken` keeps.
@@ -91,10 +100,55 @@ impl Shared {
     fn keep(&self, py: Python<'_>, error: Error) -> Error {
         let (error, kept) = errors::latch(py, self.ring.format, error);
         if let Some(exception) = kept {
-            let old = lock(py, &self.state).broken.replace(exception);
+            let mut state = self.state.lock(py);
+            let old = state.broken.replace(exception);
+            state.tell();
+            drop(state);
             drop(old);
         }
         error
+    }
+
+    /// For a pump's runner, which `wake` wakes when the queue closes or breaks; `None` when it has ended.
+    pub fn watch(&self, py: Python<'_>, wake: Option<Arc<Wake>>) -> Result<(), Error> {
+        let old = std::mem::replace(&mut self.lock(py)?.wake, wake);
+        drop(old);
+        Ok(())
+    }
+
+    /// Something small on the queue, if it is open, without the GIL.
+    pub fn try_pump(&self, call: impl FnOnce(&mut Open)) {
+        if let (Ok(()), Ok(open)) = (self.process.check(), self.state.lock_in_turn().open()) {
+            call(open);
+        }
+    }
+
+    /// As [`Shared::with`], without the GIL, and with the error of a queue that is broken already.
+    pub fn with_pump<T>(&self, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        self.process.check()?;
+        let mut state = self.state.lock_in_turn();
+        let result = state.open().and_then(|open| {
+            if let Some(error) = open.queue.broken() {
+                return Err(error.clone().into());
+            }
+            let result = call(open);
+            match open.queue.broken() {
+                Some(error) => Err(error.clone().into()),
+                None => result,
+            }
+        });
+        drop(state);
+        result.map_err(|error| Python::attach(|py| self.known(py, error)))
+    }
+
+    /// The exception that `broken` keeps, which is made now if nobody has met this error before.
+    #[cold]
+    fn known(&self, py: Python<'_>, error: Error) -> Error {
+        let known = self.state.lock(py).broken.as_ref().map(|exception| exception.clone_ref(py));
+        match (error, known) {
+            (Error::Ring(error), Some(exception)) if error.breaks() => Error::Python(PyErr::from_value(exception.into_bound(py))),
+            (error, _) => self.keep(py, error),
+        }
     }
 
     /// Whether a chain is in flight no more: it was completed, or the queue is closed.
@@ -108,6 +162,7 @@ impl Shared {
         if let Some(open) = &open {
             state.counters = open.queue.counters();
             state.base = base_of(self.ring.format, open.queue.state());
+            state.tell();
         }
         drop(state);
         drop(open); // outside the lock: it takes the pool's
@@ -144,7 +199,7 @@ impl DeviceQueue {
 
     /// For `hold`.
     pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
-        &self.shared.state
+        &self.shared.state.mutex
     }
 }
 
@@ -187,7 +242,7 @@ impl DeviceQueue {
         let queue = virtqueue::DeviceQueue::new(any, view);
         let bursts = DeviceBursts::new(&queue);
         let open = Some(Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None });
-        let state = Mutex::new(State { open, counters: DeviceCounters::default(), base: 0, broken: None });
+        let state = Fair::new(State { open, counters: DeviceCounters::default(), base: 0, broken: None, wake: None });
         Ok(DeviceQueue { shared: Arc::new(Shared { ring, process: BoundToProcess::new(), state }) })
     }
 
@@ -402,7 +457,7 @@ impl DeviceQueue {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Chains and batches may share the queue, and what it keeps would then be visited for one of its owners only.
         if Arc::strong_count(&self.shared) == 1
-            && let Ok(state) = self.shared.state.try_lock()
+            && let Ok(state) = self.shared.state.mutex.try_lock()
         {
             visit.call(&state.broken)?;
         }
@@ -410,7 +465,7 @@ impl DeviceQueue {
     }
 
     fn __clear__(&self) {
-        let Ok(mut state) = self.shared.state.try_lock() else { return };
+        let Ok(mut state) = self.shared.state.mutex.try_lock() else { return };
         let garbage = state.broken.take();
         drop(state);
         drop(garbage);

@@ -4,7 +4,7 @@ use crate::args::{Int, Mask};
 use crate::burst::Burst;
 use crate::errors::{self, Error, named};
 use crate::eventfd::EventFd;
-use crate::lock::{lock, lock_pool};
+use crate::lock::{Fair, lock_pool};
 use crate::memory::{Allocation, Memory};
 use crate::ring::{self, Ring};
 use crate::tokens::Tokens;
@@ -14,6 +14,7 @@ use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_memory::{BoundToProcess, Doorbell, Region, RegionTable};
 use virtio_net_path::DriverBursts;
+use virtio_net_path::pump::runner::Wake;
 use virtqueue::packed::{PackedDriver, PackedRing};
 use virtqueue::split::{SplitDriver, SplitRing};
 use virtqueue::{AnyDriver, Areas, Direction, DriverCounters, Form, Format, IndirectTables, RingError, Segment, Used, layout, spans};
@@ -30,7 +31,7 @@ pub struct Open {
     tokens: Tokens,
     pub bursts: DriverBursts,
     /// The memory, at the addresses that the device sees.
-    table: Arc<RegionTable>,
+    pub table: Arc<RegionTable>,
     used: Box<[Used]>,
     _places: Vec<Allocation>,
 }
@@ -76,9 +77,17 @@ struct State {
     /// As it was when it closed.
     counters: DriverCounters,
     broken: Option<Py<PyAny>>,
+    /// The runner of a pump on this queue, which is told when it closes or breaks.
+    wake: Option<Arc<Wake>>,
 }
 
 impl State {
+    fn tell(&self) {
+        if let Some(wake) = &self.wake {
+            wake.look();
+        }
+    }
+
     #[inline]
     fn open(&mut self) -> Result<&mut Open, Error> {
         self.open.as_mut().ok_or_else(|| Error::closed("queue"))
@@ -89,6 +98,7 @@ impl State {
         let mut open = self.open.take()?;
         self.counters = open.queue.counters();
         let outstanding = open.queue.reset();
+        self.tell();
         Some((open, outstanding))
     }
 }
@@ -98,14 +108,14 @@ impl State {
 pub struct DriverQueue {
     pub ring: Ring,
     process: BoundToProcess,
-    state: Mutex<State>,
+    state: Fair<State>,
 }
 
 impl DriverQueue {
     #[inline]
     fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
         self.process.check()?;
-        Ok(lock(py, &self.state))
+        Ok(self.state.lock(py))
     }
 
     /// Runs `call` on the open queue. The first mistake of the device becomes the exception that `broken` keeps.
@@ -136,10 +146,63 @@ impl DriverQueue {
     fn keep(&self, py: Python<'_>, error: Error) -> Error {
         let (error, kept) = errors::latch(py, self.ring.format, error);
         if let Some(exception) = kept {
-            let old = lock(py, &self.state).broken.replace(exception);
+            let mut state = self.state.lock(py);
+            let old = state.broken.replace(exception);
+            state.tell();
+            drop(state);
             drop(old);
         }
         error
+    }
+
+    /// For a pump's runner, which `wake` wakes when the queue closes or breaks; `None` when it has ended.
+    pub fn watch(&self, py: Python<'_>, wake: Option<Arc<Wake>>) -> Result<(), Error> {
+        let old = std::mem::replace(&mut self.lock(py)?.wake, wake);
+        drop(old);
+        Ok(())
+    }
+
+    /// As [`DriverQueue::with_memory`], for bursts.
+    pub fn open<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        self.with_memory(py, |open| call(open.for_bursts()?))
+    }
+
+    /// Something small on the queue, if it is open, without the GIL.
+    pub fn try_pump(&self, call: impl FnOnce(&mut Open)) {
+        if let (Ok(()), Ok(open)) = (self.process.check(), self.state.lock_in_turn().open()) {
+            call(open);
+        }
+    }
+
+    /// As [`DriverQueue::with_memory`], without the GIL, and with the error of a queue that is broken already.
+    pub fn with_pump<T>(&self, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
+        self.process.check()?;
+        let mut state = self.state.lock_in_turn();
+        let result = state.open().and_then(|open| {
+            if let Some(error) = open.queue.broken() {
+                return Err(error.clone().into());
+            }
+            open.queue.check_memory()?;
+            let result = call(open.for_bursts()?);
+            match open.queue.broken() {
+                Some(error) => Err(error.clone().into()),
+                None => result,
+            }
+        });
+        drop(state);
+        result.map_err(|error| Python::attach(|py| self.known(py, error)))
+    }
+
+    /// The exception that `broken` keeps, which is made now if nobody has met this error before.
+    #[cold]
+    fn known(&self, py: Python<'_>, error: Error) -> Error {
+        let known = self.state.lock(py).broken.as_ref().map(|exception| exception.clone_ref(py));
+        match (error, known) {
+            (Error::Ring(error), Some(exception)) if error.breaks() || error == RingError::Broken => {
+                Error::Python(PyErr::from_value(exception.into_bound(py)))
+            }
+            (error, _) => self.keep(py, error),
+        }
     }
 
     #[inline]
@@ -241,8 +304,8 @@ impl DriverQueue {
             used: vec![Used::default(); ring.size.into()].into(),
             _places: places,
         };
-        let state = State { open: Some(open), counters: DriverCounters::default(), broken: None };
-        Ok(DriverQueue { ring, process: BoundToProcess::new(), state: Mutex::new(state) })
+        let state = State { open: Some(open), counters: DriverCounters::default(), broken: None, wake: None };
+        Ok(DriverQueue { ring, process: BoundToProcess::new(), state: Fair::new(state) })
     }
 
     /// How many entries there are.
@@ -419,7 +482,7 @@ impl DriverQueue {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Locked means in use, and so no garbage.
-        if let Ok(state) = self.state.try_lock() {
+        if let Ok(state) = self.state.mutex.try_lock() {
             visit.call(&state.broken)?;
             if let Some(open) = &state.open {
                 open.tokens.all().try_for_each(|token| visit.call(token))?;
@@ -429,7 +492,7 @@ impl DriverQueue {
     }
 
     fn __clear__(&self) {
-        let Ok(mut state) = self.state.try_lock() else { return };
+        let Ok(mut state) = self.state.mutex.try_lock() else { return };
         let garbage = (state.broken.take(), state.open.as_mut().map(|open| open.tokens.clear()));
         drop(state);
         drop(garbage);
@@ -439,6 +502,6 @@ impl DriverQueue {
 impl DriverQueue {
     /// For `hold`.
     pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
-        &self.state
+        &self.state.mutex
     }
 }

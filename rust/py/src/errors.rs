@@ -21,6 +21,8 @@ pub enum Error {
     Value(String),
     /// A call out of order.
     Status(String),
+    /// The transport failed, or what stands for it.
+    Transport(String),
     /// What Python itself raised.
     Python(PyErr),
 }
@@ -69,6 +71,7 @@ impl From<Error> for PyErr {
             Error::Row(error) => PyValueError::new_err(error.to_string()),
             Error::Value(message) => PyValueError::new_err(message),
             Error::Status(message) => class(&STATUS_ERROR, "StatusError", (message,)),
+            Error::Transport(message) => class(&TRANSPORT_ERROR, "TransportError", (message,)),
             Error::Python(error) => error,
         }
     }
@@ -110,6 +113,7 @@ pub fn named(what: &str, error: PyErr) -> PyErr {
 static STATUS_ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static QUEUE_FULL: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static SPEC_VIOLATION: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static TRANSPORT_ERROR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static MALFORMED_CHAIN: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static BAD_USED_ELEMENT: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 

@@ -17,6 +17,11 @@ const EINTR: i32 = 4;
 pub struct EventFd(Mutex<Option<Arc<virtio_memory::EventFd>>>);
 
 impl EventFd {
+    /// One that is somebody else's too.
+    pub fn shared(event: Arc<virtio_memory::EventFd>) -> Self {
+        EventFd(Mutex::new(Some(event)))
+    }
+
     fn over(event: virtio_memory::EventFd) -> Self {
         EventFd(Mutex::new(Some(Arc::new(event))))
     }

@@ -21,6 +21,7 @@ mod pool;
 mod port;
 mod port_device;
 mod port_driver;
+mod pump;
 mod ring;
 mod tokens;
 
@@ -91,6 +92,10 @@ mod _core {
     use super::port_device::DevicePort;
     #[pymodule_export]
     use super::port_driver::DriverPort;
+    #[pymodule_export]
+    use super::pump::Pump;
+    #[pymodule_export]
+    use super::pump::PumpRunner;
     #[pymodule_export]
     use super::{_hold, layout, need_event};
 

@@ -4,7 +4,9 @@
 //! queue's lock may be held while a pool's is waited for, never the other way round.
 
 use pyo3::prelude::*;
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 use virtio_memory::{BufferPool, PoolState};
 
@@ -17,6 +19,60 @@ pub fn lock<'a, T: Send>(py: Python<'_>, mutex: &'a Mutex<T>) -> MutexGuard<'a, 
             Err(TryLockError::Poisoned(guard)) => return guard.into_inner(),
             Err(TryLockError::WouldBlock) => wait(py, || drop(mutex.lock().unwrap_or_else(PoisonError::into_inner))),
         }
+    }
+}
+
+/// A queue's lock, which a loop in Rust takes over and over: the system's mutex would let it win every time.
+pub struct Fair<T> {
+    pub mutex: Mutex<T>,
+    /// Python threads that found it taken.
+    waiting: AtomicUsize,
+    turn: Mutex<()>,
+    free: Condvar,
+}
+
+/// How long a loop lets others go first, between two steps: the one who waits may also wait for the GIL.
+const COURTESY: Duration = Duration::from_millis(20);
+
+impl<T: Send> Fair<T> {
+    pub fn new(value: T) -> Self {
+        Fair { mutex: Mutex::new(value), waiting: AtomicUsize::new(0), turn: Mutex::new(()), free: Condvar::new() }
+    }
+
+    /// Takes it in a call from Python.
+    #[inline]
+    pub fn lock<'a>(&'a self, py: Python<'_>) -> MutexGuard<'a, T> {
+        match self.mutex.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => self.wait(py),
+        }
+    }
+
+    #[cold]
+    fn wait<'a>(&'a self, py: Python<'_>) -> MutexGuard<'a, T> {
+        self.waiting.fetch_add(1, Relaxed);
+        let guard = lock(py, &self.mutex);
+        if self.waiting.fetch_sub(1, Relaxed) == 1 {
+            drop(self.turn.lock().unwrap_or_else(PoisonError::into_inner));
+            self.free.notify_all();
+        }
+        guard
+    }
+
+    /// Takes it in a loop without the GIL, after those who wait.
+    #[inline]
+    pub fn lock_in_turn(&self) -> MutexGuard<'_, T> {
+        if self.waiting.load(Relaxed) > 0 {
+            self.stand_back();
+        }
+        self.mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cold]
+    fn stand_back(&self) {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.free.wait_timeout_while(turn, COURTESY, |()| self.waiting.load(Relaxed) > 0));
     }
 }
 

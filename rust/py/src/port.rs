@@ -68,15 +68,20 @@ pub fn received<'py>(
     list
 }
 
-/// Counters by name, `sent` or `received` before them.
-pub fn count(to: &Bound<'_, PyDict>, way: &str, traffic: &Traffic) -> PyResult<()> {
-    let drops = PyDict::new(to.py());
+/// Dropped packets by reason, where there were any.
+pub fn drops<'py>(py: Python<'py>, traffic: &Traffic) -> PyResult<Bound<'py, PyDict>> {
+    let drops = PyDict::new(py);
     for (reason, name) in Reason::ALL {
         if traffic.drops[reason as usize] > 0 {
             drops.set_item(name, traffic.drops[reason as usize])?;
         }
     }
+    Ok(drops)
+}
+
+/// Counters by name, `sent` or `received` before them.
+pub fn count(to: &Bound<'_, PyDict>, way: &str, traffic: &Traffic) -> PyResult<()> {
     to.set_item(format!("{way}_frames"), traffic.frames)?;
     to.set_item(format!("{way}_bytes"), traffic.bytes)?;
-    to.set_item(format!("{way}_drops"), drops)
+    to.set_item(format!("{way}_drops"), drops(to.py(), traffic)?)
 }

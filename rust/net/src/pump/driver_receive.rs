@@ -3,9 +3,9 @@
 use super::{ALL_PIECES, BURST, BURST_BYTES, MAX_HEADER, PumpCounters, Step, Written, behind, driver_memory_lost, written};
 use crate::driver::{DriverBursts, Held, LINKED, OFFSET_SHIFT, links};
 use crate::driver_port::release;
+use crate::driver_receive::ReceiveBuffers;
 use crate::error::BurstError;
 use crate::header::{Header, MAX_FRAME, Reason};
-use crate::driver_receive::ReceiveBuffers;
 use crate::port::Rules;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;

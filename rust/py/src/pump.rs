@@ -1,0 +1,471 @@
+//! `Pump` and `PumpRunner`: frames between a queue and a TAP, in a loop without the GIL.
+
+use crate::args::{Int, Mask};
+use crate::device_queue::{self, DeviceQueue};
+use crate::driver_queue::{self, DriverQueue};
+use crate::errors::Error;
+use crate::eventfd::EventFd;
+use crate::lock::lock;
+use crate::pool::{self, BufferPool};
+use crate::port;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use virtio_memory::{BoundToProcess, MemoryError, duplicate, set_nonblocking};
+use virtio_net_path::Rules;
+use virtio_net_path::header::MAX_FRAME;
+use virtio_net_path::pump::runner::{self, MAX_STATIONS, Station, Wake};
+use virtio_net_path::pump::{DeviceReceive, DeviceTransmit, DriverReceive, DriverTransmit, PumpCounters, Step};
+
+/// Linux' EBADFD: the TAP's device is gone.
+const EBADFD: i32 = 77;
+
+/// Whose queue it is.
+enum Queue {
+    Driver(Py<DriverQueue>),
+    Device(Arc<device_queue::Shared>),
+}
+
+enum Kind {
+    DriverTransmit(DriverTransmit),
+    DriverReceive(DriverReceive),
+    DeviceTransmit(DeviceTransmit),
+    DeviceReceive(DeviceReceive),
+}
+
+/// What a runner takes while it runs.
+struct Work {
+    kind: Kind,
+    tap: OwnedFd,
+}
+
+enum Place {
+    Here(Box<Work>),
+    Running,
+    Closed,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Statistics {
+    pump: PumpCounters,
+    steps: u64,
+    sleeps: u64,
+}
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct Pump {
+    queue: Queue,
+    /// The driver's, for as long as its slots may be used.
+    _pool: Option<Arc<pool::Shared>>,
+    event: Arc<virtio_memory::EventFd>,
+    process: BoundToProcess,
+    place: Mutex<Place>,
+    statistics: Mutex<Statistics>,
+    running: AtomicBool,
+    error: Mutex<Option<Py<PyAny>>>,
+}
+
+/// What went wrong with a TAP is nobody's mistake.
+fn transport(error: Error) -> Error {
+    match error {
+        Error::Memory(MemoryError::Os { errno: EBADFD, .. }) => Error::Transport("the TAP is gone".into()),
+        Error::Memory(error @ MemoryError::Os { .. }) => Error::Transport(format!("the TAP failed: {error}")),
+        error => error,
+    }
+}
+
+impl Pump {
+    fn new(
+        py: Python<'_>,
+        queue: Queue,
+        pool: Option<&Bound<'_, BufferPool>>,
+        kind: Kind,
+        tap: OwnedFd,
+        event: &Bound<'_, EventFd>,
+    ) -> Result<Self, Error> {
+        Ok(Pump {
+            queue,
+            _pool: pool.map(|pool| pool.get().shared.clone()),
+            event: event.get().event(py)?,
+            process: BoundToProcess::new(),
+            place: Mutex::new(Place::Here(Box::new(Work { kind, tap }))),
+            statistics: Mutex::default(),
+            running: AtomicBool::new(false),
+            error: Mutex::default(),
+        })
+    }
+
+    fn watch(&self, py: Python<'_>, wake: Option<&Arc<Wake>>) -> Result<(), Error> {
+        match &self.queue {
+            Queue::Driver(queue) => queue.get().watch(py, wake.cloned()),
+            Queue::Device(queue) => queue.watch(py, wake.cloned()),
+        }
+    }
+
+    /// For a runner.
+    fn start(&self, py: Python<'_>) -> Result<Box<Work>, Error> {
+        self.process.check()?;
+        let mut place = lock(py, &self.place);
+        match std::mem::replace(&mut *place, Place::Running) {
+            Place::Here(work) => {
+                self.running.store(true, Relaxed);
+                drop(place);
+                let old = lock(py, &self.error).take();
+                drop(old);
+                Ok(work)
+            }
+            Place::Running => Err(Error::Status("the pump runs already".into())),
+            Place::Closed => {
+                *place = Place::Closed;
+                Err(Error::closed("pump"))
+            }
+        }
+    }
+
+    /// What `start` did is undone.
+    fn end(&self, py: Python<'_>, work: Box<Work>) {
+        // A queue that is closed watches nothing.
+        let _ = self.watch(py, None);
+        self.running.store(false, Relaxed);
+        *lock(py, &self.place) = Place::Here(work);
+    }
+}
+
+/// A descriptor of our own for the TAP.
+fn tap_of(fd: &Int) -> Result<OwnedFd, Error> {
+    let tap = duplicate(fd.within::<RawFd>("TAP descriptor", 0, RawFd::MAX.into())?)?;
+    set_nonblocking(tap.as_fd())?;
+    Ok(tap)
+}
+
+/// The least slot that holds the longest frame, for a message.
+fn slots_error(error: MemoryError, what: &str, bytes: usize) -> Error {
+    match error {
+        MemoryError::BadSize { value, max, .. } => {
+            let slot = (bytes + virtio_memory::HEADROOM).next_multiple_of(64);
+            let message =
+                format!("{what} of {bytes} bytes takes {value} slots, of which there are {max} at most: use slots of {slot} bytes");
+            Error::Value(message)
+        }
+        error => error.into(),
+    }
+}
+
+#[pymethods]
+impl Pump {
+    #[staticmethod]
+    #[pyo3(signature = (queue, pool, tap, *, features, interrupt))]
+    fn driver_transmit(
+        py: Python<'_>,
+        queue: Py<DriverQueue>,
+        pool: &Bound<'_, BufferPool>,
+        tap: Int,
+        features: Mask,
+        interrupt: &Bound<'_, EventFd>,
+    ) -> Result<Self, Error> {
+        let rules = Rules::driver(port::features(&features)?);
+        pool.get().shared.check()?;
+        let slots = pool.get().shared.pool.clone();
+        let longest = match rules.longest_outgoing() {
+            MAX_FRAME => MAX_FRAME,
+            _ => slots.slot_size() - virtio_memory::HEADROOM,
+        };
+        let made = queue.get().open(py, |open| {
+            open.bursts.bind_pool(&open.queue, &slots, 0)?;
+            Ok(DriverTransmit::new(&open.queue, slots.clone(), rules, longest))
+        })?;
+        let kind = Kind::DriverTransmit(made.map_err(|error| slots_error(error, "a frame", longest))?);
+        Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (queue, pool, tap, *, features, interrupt))]
+    fn driver_receive(
+        py: Python<'_>,
+        queue: Py<DriverQueue>,
+        pool: &Bound<'_, BufferPool>,
+        tap: Int,
+        features: Mask,
+        interrupt: &Bound<'_, EventFd>,
+    ) -> Result<Self, Error> {
+        let rules = Rules::driver(port::features(&features)?);
+        pool.get().shared.check()?;
+        let slots = pool.get().shared.pool.clone();
+        let made = queue.get().open(py, |open| {
+            open.bursts.bind_pool(&open.queue, &slots, 0)?;
+            Ok(DriverReceive::new(&open.queue, slots.clone(), rules))
+        })?;
+        let kind = Kind::DriverReceive(made.map_err(|error| slots_error(error, "a receive buffer", rules.longest_incoming()))?);
+        Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (queue, tap, *, features, doorbell))]
+    fn device_transmit(
+        py: Python<'_>,
+        queue: &Bound<'_, DeviceQueue>,
+        tap: Int,
+        features: Mask,
+        doorbell: &Bound<'_, EventFd>,
+    ) -> Result<Self, Error> {
+        let rules = Rules::device(port::features(&features)?);
+        let shared = queue.get().shared.clone();
+        let kind = Kind::DeviceTransmit(shared.with(py, |open| Ok(DeviceTransmit::new(&open.queue, rules)?))?);
+        Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (queue, tap, *, features, doorbell, longest))]
+    fn device_receive(
+        py: Python<'_>,
+        queue: &Bound<'_, DeviceQueue>,
+        tap: Int,
+        features: Mask,
+        doorbell: &Bound<'_, EventFd>,
+        longest: Int,
+    ) -> Result<Self, Error> {
+        let rules = Rules::device(port::features(&features)?);
+        let longest = longest.within("longest frame", 1, MAX_FRAME as i128)?;
+        let shared = queue.get().shared.clone();
+        let kind = Kind::DeviceReceive(shared.with(py, |open| Ok(DeviceReceive::new(&open.queue, rules, longest)?))?);
+        Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
+    }
+
+    #[getter]
+    fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let Statistics { pump, steps, sleeps } = *lock(py, &self.statistics);
+        let all = PyDict::new(py);
+        all.set_item("frames", pump.traffic.frames)?;
+        all.set_item("bytes", pump.traffic.bytes)?;
+        all.set_item("drops", port::drops(py, &pump.traffic)?)?;
+        all.set_item("refused", pump.refused)?;
+        all.set_item("steps", steps)?;
+        all.set_item("sleeps", sleeps)?;
+        Ok(all)
+    }
+
+    #[getter]
+    fn error(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        lock(py, &self.error).as_ref().map(|error| error.clone_ref(py))
+    }
+
+    #[getter]
+    fn running(&self) -> bool {
+        self.running.load(Relaxed)
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Error> {
+        let mut place = lock(py, &self.place);
+        let old = match &*place {
+            Place::Running => return Err(Error::Status("the pump runs: stop its runner first".into())),
+            _ => std::mem::replace(&mut *place, Place::Closed),
+        };
+        drop(place);
+        drop(old);
+        Ok(())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Queue::Driver(queue) = &self.queue {
+            visit.call(queue)?;
+        }
+        match self.error.try_lock() {
+            Ok(error) => visit.call(&*error),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn __clear__(&self) {
+        let Ok(mut error) = self.error.try_lock() else { return };
+        let garbage = error.take();
+        drop(error);
+        drop(garbage);
+    }
+}
+
+/// A pump that runs.
+struct Running<'a> {
+    pump: &'a Pump,
+    work: Box<Work>,
+    runner: &'a Shared,
+}
+
+impl Station for Running<'_> {
+    type Error = Error;
+
+    fn step(&mut self) -> Result<Step, Error> {
+        let Work { kind, tap } = &mut *self.work;
+        let tap = tap.as_fd();
+        let stepped = match &self.pump.queue {
+            Queue::Driver(queue) => {
+                let queue = queue.get();
+                queue.with_pump(|open| {
+                    let driver_queue::Open { queue: ring, bursts, table, .. } = open;
+                    let step = match kind {
+                        Kind::DriverTransmit(pump) => pump.step(ring, bursts, table, tap),
+                        Kind::DriverReceive(pump) => pump.step(ring, bursts, table, tap),
+                        Kind::DeviceTransmit(_) | Kind::DeviceReceive(_) => Ok(Step::default()),
+                    };
+                    // What went before an error goes.
+                    open.publish(&queue.ring)?;
+                    Ok(step?)
+                })
+            }
+            Queue::Device(shared) => shared.with_pump(|open| {
+                let step = match kind {
+                    Kind::DeviceTransmit(pump) => pump.step(&mut open.queue, tap),
+                    Kind::DeviceReceive(pump) => pump.step(&mut open.queue, tap),
+                    Kind::DriverTransmit(_) | Kind::DriverReceive(_) => Ok(Step::default()),
+                };
+                open.publish(&shared.ring)?;
+                Ok(step?)
+            }),
+        };
+        let mut statistics = self.pump.statistics.lock().unwrap_or_else(PoisonError::into_inner);
+        statistics.steps += 1;
+        statistics.pump = match kind {
+            Kind::DriverTransmit(pump) => pump.counters,
+            Kind::DriverReceive(pump) => pump.counters,
+            Kind::DeviceTransmit(pump) => pump.counters,
+            Kind::DeviceReceive(pump) => pump.counters,
+        };
+        stepped
+    }
+
+    fn arm(&mut self) -> Result<bool, Error> {
+        match &self.pump.queue {
+            Queue::Driver(queue) => queue.get().with_pump(|open| Ok(open.queue.arm() || open.bursts.ready() > 0)),
+            Queue::Device(shared) => shared.with_pump(|open| Ok(open.queue.arm())),
+        }
+    }
+
+    fn disarm(&mut self) {
+        // If that fails the next step tells.
+        match &self.pump.queue {
+            Queue::Driver(queue) => queue.get().try_pump(|open| open.queue.disarm()),
+            Queue::Device(shared) => shared.try_pump(|open| open.queue.disarm()),
+        }
+    }
+
+    fn tap(&self) -> BorrowedFd<'_> {
+        self.work.tap.as_fd()
+    }
+
+    fn event(&self) -> &virtio_memory::EventFd {
+        &self.pump.event
+    }
+
+    fn sleeps(&mut self) {
+        self.pump.statistics.lock().unwrap_or_else(PoisonError::into_inner).sleeps += 1;
+    }
+
+    fn ended(&mut self, error: Error) {
+        let failed = Python::attach(|py| {
+            let exception = PyErr::from(transport(error)).into_value(py).into_any();
+            let old = lock(py, &self.pump.error).replace(exception.clone_ref(py));
+            drop(old);
+            self.pump.running.store(false, Relaxed);
+            let mut first = lock(py, &self.runner.first);
+            let kept = if first.is_none() { first.replace(exception) } else { Some(exception) };
+            drop(first);
+            drop(kept);
+            self.runner.failed.signal()
+        });
+        // Our own eventfd takes every signal.
+        let _ = failed;
+    }
+}
+
+/// What a runner shares with those who watch it.
+struct Shared {
+    wake: Arc<Wake>,
+    failed: Arc<virtio_memory::EventFd>,
+    first: Mutex<Option<Py<PyAny>>>,
+    process: BoundToProcess,
+}
+
+#[pyclass(frozen, module = "virtio._core")]
+pub struct PumpRunner {
+    pumps: Vec<Py<Pump>>,
+    shared: Shared,
+    failed: Py<EventFd>,
+}
+
+impl PumpRunner {
+    /// Takes every pump, or none.
+    fn start(&self, py: Python<'_>) -> Result<Vec<Running<'_>>, Error> {
+        let mut taken: Vec<Running<'_>> = Vec::with_capacity(self.pumps.len());
+        for pump in &self.pumps {
+            let pump = pump.get();
+            let started = pump.start(py).and_then(|work| match pump.watch(py, Some(&self.shared.wake)) {
+                Ok(()) => Ok(work),
+                Err(error) => {
+                    pump.end(py, work);
+                    Err(error)
+                }
+            });
+            match started {
+                Ok(work) => taken.push(Running { pump, work, runner: &self.shared }),
+                Err(error) => {
+                    taken.into_iter().for_each(|running| running.pump.end(py, running.work));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
+}
+
+#[pymethods]
+impl PumpRunner {
+    #[new]
+    fn new(py: Python<'_>, pumps: Vec<Py<Pump>>) -> Result<Self, Error> {
+        if pumps.is_empty() || pumps.len() > MAX_STATIONS {
+            return Err(Error::Value(format!("{} pumps are not in 1 to {MAX_STATIONS}", pumps.len())));
+        }
+        if pumps.iter().enumerate().any(|(index, pump)| pumps[..index].iter().any(|other| other.is(pump))) {
+            return Err(Error::Value("a pump stands in the list twice".into()));
+        }
+        let failed = Arc::new(virtio_memory::EventFd::new()?);
+        let shared =
+            Shared { wake: Arc::new(Wake::new()?), failed: failed.clone(), first: Mutex::new(None), process: BoundToProcess::new() };
+        Ok(PumpRunner { pumps, shared, failed: Py::new(py, EventFd::shared(failed))? })
+    }
+
+    fn run(&self, py: Python<'_>) -> Result<(), Error> {
+        self.shared.process.check()?;
+        let mut stations = self.start(py)?;
+        let result = py.detach(|| runner::run(&mut stations, &self.shared.wake));
+        stations.into_iter().for_each(|running| running.pump.end(py, running.work));
+        result?;
+        match lock(py, &self.shared.first).take() {
+            Some(error) => Err(Error::Python(PyErr::from_value(error.into_bound(py)))),
+            None => Ok(()),
+        }
+    }
+
+    fn stop(&self) -> Result<(), Error> {
+        self.shared.process.check()?;
+        self.shared.wake.stop();
+        Ok(())
+    }
+
+    #[getter]
+    fn failed(&self, py: Python<'_>) -> Py<EventFd> {
+        self.failed.clone_ref(py)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        for pump in &self.pumps {
+            visit.call(pump)?;
+        }
+        match self.shared.first.try_lock() {
+            Ok(first) => visit.call(&*first),
+            Err(_) => Ok(()),
+        }
+    }
+}
