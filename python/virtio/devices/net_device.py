@@ -83,6 +83,8 @@ class NetDevice(AsyncBursts, Device):
         self._events.register(self._changed.fileno(), select.EPOLLIN)
         self._doorbells: dict[int, EventFd] = {}
         self._handled: Burst | None = None
+        self.on_link: Callable[[bool], None] | None = None
+        """Called with what the link became, by whoever sets it."""
 
     @property
     def pool(self) -> BufferPool:
@@ -119,6 +121,8 @@ class NetDevice(AsyncBursts, Device):
         if up != self.link:
             self._config = self._config._replace(status=NetStatus.LINK_UP if up else 0)
             self.change_config(self._config.pack())
+            if self.on_link is not None:
+                self.on_link(up)
 
     def link_events(self) -> list[bool]:
         """None: here the link is set, not noticed."""

@@ -1,0 +1,174 @@
+"""What a kernel interface needs of a port: which end it is, its queues, what it negotiated, and the two pumps that follow from that."""
+
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+
+from virtio._core import BufferPool, DeviceQueue, DriverQueue, EventFd, Pump
+from virtio.driver import DriverState
+from virtio.errors import StatusError
+from virtio.features import Features
+from virtio.netdev import tap
+from virtio.spec import Status
+
+SLOT_SIZE: Final = 69632
+"""Bytes of slots that hold the longest frame (65589 bytes, and headroom) each: `NetDriver(..., slot_size=SLOT_SIZE, slots=128)`."""
+
+MAX_FRAME: Final = 65589
+"""Bytes of the longest frame (5.1.6.3)."""
+AROUND_PACKET: Final = 18
+"""Bytes of a frame beside its packet: the Ethernet header and a VLAN tag."""
+MIN_MTU: Final = 68
+MAX_MTU: Final = 65521
+"""What the kernel allows a TAP."""
+
+_MTU: Final = 3
+_RECEIVEQ1: Final = 0
+_TRANSMITQ1: Final = 1
+
+
+@runtime_checkable
+class DeviceEnd(Protocol):
+    """The device's end of a network device: `NetDevice`, and whatever has these."""
+
+    @property
+    def accepted(self) -> Features:
+        """What the driver accepted."""
+
+    @property
+    def header_size(self) -> int:
+        """Bytes of the header before each frame (5.1.6)."""
+
+    def queue(self, index: int) -> DeviceQueue | None:
+        """The enabled queue at `index`."""
+
+    def doorbell(self, index: int) -> EventFd | None:
+        """What the driver rings for it."""
+
+    def need_reset(self) -> None:
+        """Stops until the driver resets the device (2.1.2)."""
+
+
+@runtime_checkable
+class DriverEnd(Protocol):
+    """The driver's end: `NetDriver`, and whatever has these."""
+
+    transport: Any
+    receiveq: DriverQueue
+    transmitq: DriverQueue
+    pool: BufferPool
+    mac: bytes
+
+    @property
+    def features(self) -> Features:
+        """What was negotiated."""
+
+    @property
+    def header_size(self) -> int:
+        """Bytes of the header before each frame (5.1.6)."""
+
+    def check(self) -> None:
+        """Reads status and link. DeviceNeedsReset, TransportError: the device says so, or is gone."""
+
+
+class Pumps(NamedTuple):
+    """The pumps of one port and its TAP, by the queue that they serve."""
+
+    transmit: Pump
+    receive: Pump
+
+
+class End:
+    """A port, seen as the end of a cable."""
+
+    mac: bytes | None = None
+    """The address that the interface gets; None: whatever the kernel chooses."""
+    config_interrupt: EventFd | None = None
+    """Signalled when `port.check` has something to look at."""
+
+    def __init__(self, port: Any) -> None:
+        self.port = port
+
+    def mtu(self, wanted: int | None) -> int:
+        """The interface's MTU. ValueError: the wanted one cannot be, or is more than was negotiated (5.1.4.2)."""
+        if wanted is None:
+            return min(int(self.port.mtu), MAX_MTU)
+        if not MIN_MTU <= wanted <= MAX_MTU:
+            raise ValueError(f"MTU {wanted} is outside {MIN_MTU}..{MAX_MTU}")
+        if _MTU in self.features and wanted > self.port.mtu:
+            raise ValueError(f"MTU {wanted} is more than the {self.port.mtu} that the device offers (5.1.4.2)")
+        return wanted
+
+    @property
+    def features(self) -> Features:
+        """What was negotiated."""
+        raise NotImplementedError
+
+    def pumps(self, descriptor: int, mtu: int) -> Pumps:
+        """Sets the TAP's offloads and makes its pumps. StatusError: the port is not live. ValueError: its slots are too small."""
+        raise NotImplementedError
+
+    def failed(self) -> None:
+        """A pump met an error."""
+
+
+class _Driver(End):
+    port: DriverEnd
+
+    def __init__(self, port: DriverEnd) -> None:
+        super().__init__(port)
+        self.mac = port.mac
+        self.config_interrupt = port.transport.config_interrupt
+
+    @property
+    def features(self) -> Features:
+        return self.port.features
+
+    def pumps(self, descriptor: int, mtu: int) -> Pumps:
+        port, features = self.port, self.features
+        if getattr(port, "state", None) is not DriverState.DRIVER_OK:
+            raise StatusError(f"the driver's device is not live (driver: {getattr(port, 'state', None)}): restart it first")
+        wanted = tap.offloads(features, driver=True)
+        payload, needed = port.pool.slot_size - BufferPool.HEADROOM, mtu + AROUND_PACKET
+        if not wanted & tap.SEGMENTATION and payload < needed:
+            raise ValueError(f"slots of {port.pool.slot_size} bytes hold frames of {payload}, and an MTU of {mtu} makes them {needed}")
+        tap.set_offloads(descriptor, port.header_size, wanted)
+        inwards, outwards = (port.transport.interrupt(index) for index in (_RECEIVEQ1, _TRANSMITQ1))
+        transmit = Pump.driver_transmit(port.transmitq, port.pool, descriptor, features=features, interrupt=outwards)
+        return Pumps(transmit, Pump.driver_receive(port.receiveq, port.pool, descriptor, features=features, interrupt=inwards))
+
+
+class _Device(End):
+    port: DeviceEnd
+
+    @property
+    def features(self) -> Features:
+        return self.port.accepted
+
+    def pumps(self, descriptor: int, mtu: int) -> Pumps:
+        port, features = self.port, self.features
+        queues = [(port.queue(index), port.doorbell(index)) for index in (_RECEIVEQ1, _TRANSMITQ1)]
+        (receiveq, filled), (transmitq, sent) = queues
+        status = getattr(port, "status", Status.DRIVER_OK)
+        live = Status.DRIVER_OK in status and Status.NEEDS_RESET not in status
+        if not live or receiveq is None or transmitq is None or filled is None or sent is None:
+            raise StatusError(f"the device is not live (status {int(status):#x}): its driver has to initialize it first")
+        wanted = tap.offloads(features, driver=False)
+        taken = tap.set_offloads(descriptor, port.header_size, wanted)
+        longest = MAX_FRAME if taken & tap.SEGMENTATION else mtu + AROUND_PACKET
+        transmit = Pump.device_transmit(transmitq, descriptor, features=features, doorbell=sent)
+        receive = Pump.device_receive(receiveq, descriptor, features=features, doorbell=filled, longest=longest)
+        return Pumps(transmit, receive)
+
+    def failed(self) -> None:
+        """A driver that broke a rule has to reset the device (2.1.2)."""
+        queues = [self.port.queue(index) for index in (_RECEIVEQ1, _TRANSMITQ1)]
+        if any(queue is not None and queue.broken is not None for queue in queues):
+            self.port.need_reset()
+
+
+def end_of(port: object) -> End:
+    """TypeError: it is neither a driver's end nor a device's."""
+    if isinstance(port, DeviceEnd):
+        return _Device(port)
+    if isinstance(port, DriverEnd):
+        return _Driver(port)
+    raise TypeError(f"{type(port).__name__} is neither a driver's end of a network device nor a device's")

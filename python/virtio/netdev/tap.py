@@ -1,0 +1,202 @@
+"""TAP interfaces: made, told what offloads they may use, given an address, brought up. By ioctls: nothing but the kernel is needed."""
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from typing import Final
+
+from virtio.features import Features
+from virtio.netdev.namespace import bring_up, inside
+
+TUN: Final = "/dev/net/tun"
+LONGEST_NAME: Final = 15
+"""Bytes of an interface's name, at most."""
+
+_TUNSETIFF: Final = 0x4004_54CA
+_TUNSETOFFLOAD: Final = 0x4004_54D0
+_TUNSETVNETHDRSZ: Final = 0x4004_54D8
+_TUNSETCARRIER: Final = 0x4004_54E2
+_IFF_TAP: Final = 2
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+_SIOCSIFADDR: Final = 0x8916
+_SIOCSIFNETMASK: Final = 0x891C
+_SIOCSIFMTU: Final = 0x8922
+_SIOCSIFHWADDR: Final = 0x8924
+_SIOCGIFHWADDR: Final = 0x8927
+_SIOCGIFINDEX: Final = 0x8933
+_ARPHRD_ETHER: Final = 1
+
+_CSUM: Final = 1
+_TSO4: Final = 2
+_TSO6: Final = 4
+_ECN: Final = 8
+_USO: Final = 0x60
+"""USO4 and USO6: the kernel takes both or neither."""
+SEGMENTATION: Final = _TSO4 | _TSO6 | _USO
+"""Those that make a TAP's frames as long as 64 KiB."""
+
+# What a TAP may leave undone is what the frames' taker said it completes: for each the feature bits (5.1.3) that it needs.
+_TO_DEVICE: Final = {_CSUM: (0,), _TSO4: (11,), _TSO6: (12,), _ECN: (13,), _USO: (56,)}
+_TO_DRIVER: Final = {_CSUM: (1,), _TSO4: (7,), _TSO6: (8,), _ECN: (9,), _USO: (54, 55)}
+
+
+class TapError(OSError):
+    """An interface cannot be had; says why in one line, with what would help."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class TapPermissionError(TapError, PermissionError):
+    """/dev/net/tun is closed to this user, or the user may not make interfaces in this namespace."""
+
+
+class NameTakenError(TapError, FileExistsError):
+    """An interface of that name is there already, or in use."""
+
+
+def check_name(name: str) -> str:
+    """`name`, if an interface may be called so. ValueError: empty, longer than 15 bytes, or with a character that no name has."""
+    data = os.fsencode(name)
+    if not 1 <= len(data) <= LONGEST_NAME:
+        raise ValueError(f"interface name {name!r} has {len(data)} bytes: it may have 1 to {LONGEST_NAME}")
+    if name in (".", "..") or any(byte in b"/:%\0" or byte <= 0x20 for byte in data):
+        raise ValueError(f"interface name {name!r} is '.' or '..', or has one of '/', ':', '%', or a blank in it")
+    return name
+
+
+def open_tap(name: str, *, namespace: int | None = None, header: bool = True) -> int:
+    """Makes a TAP interface; returns its descriptor, which does not block. The interface ends when that is closed.
+
+    `namespace` is a descriptor of the network namespace where it is to be: without it, that of the calling thread. With `header` each frame
+    has a header before it (IFF_VNET_HDR). ValueError: no such name can be. TapPermissionError, NameTakenError, TapError: it cannot be had.
+    """
+    data = os.fsencode(check_name(name))
+    with inside(namespace) if namespace is not None else nullcontext():
+        try:
+            tap = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            number = error.errno or 0
+            if number in (errno.EACCES, errno.EPERM):
+                text = f"{TUN} is closed to this user ({error.strerror}): its mode has to be 0666, or run it as root"
+                raise TapPermissionError(number, text) from None
+            raise TapError(number, f"{TUN} cannot be opened ({error.strerror}): the kernel's module tun is not there") from None
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+                if _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
+                    raise NameTakenError(errno.EEXIST, f"interface {name} is there already: choose another name")
+            fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0)))
+        except OSError as error:
+            os.close(tap)
+            raise _refused(name, error) from None
+    return tap
+
+
+def _refused(name: str, error: OSError) -> OSError:
+    number = error.errno or 0
+    if isinstance(error, TapError):
+        return error
+    if number == errno.EPERM:
+        text = f"interface {name} cannot be made: this user may not make interfaces here (CAP_NET_ADMIN in the network namespace)"
+        return TapPermissionError(number, text)
+    if number in (errno.EBUSY, errno.EEXIST):
+        return NameTakenError(number, f"interface {name} is there already: choose another name")
+    return TapError(number, f"interface {name} cannot be made: {error.strerror}")
+
+
+def _exists(any_socket: socket.socket, name: str) -> bool:
+    try:
+        fcntl.ioctl(any_socket, _SIOCGIFINDEX, struct.pack("16s24x", os.fsencode(name)))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return False
+        raise
+    return True
+
+
+def offloads(features: Features, *, driver: bool) -> int:
+    """What a TAP may leave to others, as TUNSETOFFLOAD counts it, if its frames go to the device (`driver`), or else to the driver."""
+    found = sum(bit for bit, needs in (_TO_DEVICE if driver else _TO_DRIVER).items() if all(need in features for need in needs))
+    if not found & _CSUM:
+        return 0
+    return found if found & (_TSO4 | _TSO6) else found & ~_ECN
+
+
+def set_offloads(tap: int, header_size: int, wanted: int) -> int:
+    """Tells a TAP how long its headers are, and what it may leave to others; returns what of that the kernel took."""
+    fcntl.ioctl(tap, _TUNSETVNETHDRSZ, struct.pack("i", header_size))
+    try:
+        fcntl.ioctl(tap, _TUNSETOFFLOAD, wanted)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not wanted & _USO:
+            raise
+        wanted &= ~_USO  # kernels before 6.2
+        fcntl.ioctl(tap, _TUNSETOFFLOAD, wanted)
+    return wanted
+
+
+def set_carrier(tap: int, up: bool) -> None:
+    """Plugs the cable in, or pulls it."""
+    fcntl.ioctl(tap, _TUNSETCARRIER, struct.pack("i", up))
+
+
+class Interface:
+    """An interface of a namespace, by name. Every call may raise an OSError: it is gone, or the kernel does not allow it."""
+
+    def __init__(self, name: str, namespace: int | None = None) -> None:
+        self.name = name
+        self._namespace = namespace
+
+    @property
+    def mac(self) -> bytes:
+        """Its Ethernet address."""
+        return self._ask(socket.AF_INET, _SIOCGIFHWADDR, struct.pack("24x"))[18:24]
+
+    @mac.setter
+    def mac(self, mac: bytes) -> None:
+        self._ask(socket.AF_INET, _SIOCSIFHWADDR, struct.pack("H6s16x", _ARPHRD_ETHER, mac))
+
+    def set_mtu(self, mtu: int) -> None:
+        """Bytes of the longest packet in a frame."""
+        self._ask(socket.AF_INET, _SIOCSIFMTU, struct.pack("i20x", mtu))
+
+    def up(self) -> None:
+        """Brings it up."""
+        with self._inside():
+            bring_up(self.name)
+
+    def add_addresses(self, addresses: Iterable[str]) -> None:
+        """Gives it addresses with their prefix lengths, "192.0.2.1/24" or "2001:db8::1/64"; one of IPv4 at most. ValueError: not such."""
+        for address in addresses:
+            match ip_interface(address):
+                case IPv4Interface() as four:
+                    for request, part in ((_SIOCSIFADDR, four.ip), (_SIOCSIFNETMASK, four.netmask)):
+                        self._ask(socket.AF_INET, request, struct.pack("HH4s16x", socket.AF_INET, 0, part.packed))
+                case IPv6Interface() as six:
+                    answer = self._ask(socket.AF_INET6, _SIOCGIFINDEX, bytes(24))
+                    (index,) = struct.unpack_from("i", answer, 16)
+                    self._call(socket.AF_INET6, _SIOCSIFADDR, struct.pack("16sIi", six.ip.packed, six.network.prefixlen, index))
+
+    def _ask(self, family: int, request: int, rest: bytes) -> bytes:
+        return self._call(family, request, struct.pack("16s", os.fsencode(self.name)) + rest)
+
+    def _call(self, family: int, request: int, argument: bytes) -> bytes:
+        with self._inside(), socket.socket(family, socket.SOCK_DGRAM) as any_socket:
+            return fcntl.ioctl(any_socket, request, argument)
+
+    def _inside(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._namespace is None else inside(self._namespace)
+
+
+def each(addresses: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One address, several or none, checked. ValueError: not an address with its prefix length."""
+    found = () if addresses is None else (addresses,) if isinstance(addresses, str) else tuple(addresses)
+    for address in found:
+        ip_interface(address)
+    return found
