@@ -32,7 +32,8 @@ fix: setup ## format everything, and mend what ruff can
 	ruff check --quiet --fix
 	ruff format --quiet
 
-demo: setup develop qemu-tools ## set up, then the session of `virtio demo`: our own device, then QEMU's
+demo: setup qemu-tools ## set up, build for speed, then the session of `virtio demo`: our own device, then QEMU's
+	PIP_QUIET=1 maturin develop --quiet --release --locked
 	virtio demo --seconds 3
 	virtio demo --qemu --seconds 3
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from virtio.cli.output import CommandError, console, show_json
 from virtio.cli.probe import interrupts, size
-from virtio.cli.worker import CLONE_NEWNET, Emit, Worker
+from virtio.cli.worker import Emit, Worker
+from virtio.netdev.namespace import CLONE_NEWNET
 
 PACKAGES: Final = {"ping": "iputils-ping", "iperf3": "iperf3", "qemu-system-x86_64": "qemu-system-x86"}
 """Programs, and the Debian packages that have them."""

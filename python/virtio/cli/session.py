@@ -11,17 +11,19 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from virtio.cli.inspect import inspect
-from virtio.cli.network import IFF_VNET_HDR, Namespace, bring_up, open_tap
 from virtio.cli.output import CommandError
-from virtio.cli.pump import CARRIED, Pump
 from virtio.cli.worker import Emit
 from virtio.devices.net import CHECKSUMS, GUEST_OFFLOADS, HOST_OFFLOADS, WANTED, NetDevice, NetDriver, NetFeature
 from virtio.features import Features
+from virtio.netdev import SLOT_SIZE, Namespace, Netdev, open_tap
+from virtio.netdev.tap import Interface
 from virtio.pci.emulated import EmulatedFunction
 from virtio.spec import Feature
 from virtio.transport.pci import PciTransport
 
 if TYPE_CHECKING:
+    from virtio import DeviceQueue, DriverQueue
+    from virtio.netdev import NetdevPair
     from virtio.pci.function import PciFunction
 
 DRIVER: Final = ("vn0", "192.168.90.1")
@@ -30,6 +32,8 @@ PINGS: Final = 6
 PING_SECONDS: Final = 20
 OFFLOADS: Final = GUEST_OFFLOADS | HOST_OFFLOADS | CHECKSUMS
 """What --no-offloads leaves out."""
+POOL: Final = {True: (128, SLOT_SIZE), False: (1024, 2048)}
+"""Slots and their size: with offloads a slot holds 64 KiB in one piece, and few of these stay in the cache."""
 GRACE: Final = 20.0
 """Seconds that a program may take longer than it was told to."""
 _RATE = re.compile(r"([\d.]+) ([KMGT]?)bits/sec.*\b(sender|receiver)\s*$")
@@ -50,28 +54,24 @@ class Wishes(NamedTuple):
 def session(wishes: Wishes, emit: Emit) -> None:
     """The whole of it, from probing to the last figures. CommandError, VirtioError, OSError: why it ended early."""
     with ExitStack() as stack:
-        near, far = Namespace(), Namespace()
-        with far.entered():
-            far_tap = open_tap(PEER[0], IFF_VNET_HDR if wishes.qemu else 0)
-            stack.callback(os.close, far_tap)
-        with near.entered():
-            tap = open_tap(DRIVER[0])
-            stack.callback(os.close, tap)
+        near, far = stack.enter_context(Namespace()), stack.enter_context(Namespace())
+        os.close(open_tap(DRIVER[0], namespace=near.fileno()))  # what keeps us from it is told first
         device: NetDevice | None = None
         function: PciFunction
         if wishes.qemu:
-            function = _start_qemu(stack, far_tap, wishes)
+            function = _start_qemu(stack, far, wishes)
         else:
             device = NetDevice()
             function = EmulatedFunction(device)
         transport = stack.enter_context(PciTransport(function))
         report = inspect(transport, "qemu:virtio-net-pci" if wishes.qemu else "emulated:net")
         emit("device", report=report)
-        wanted = WANTED - (OFFLOADS - CARRIED if wishes.offloads else OFFLOADS)
+        wanted = WANTED if wishes.offloads else WANTED - OFFLOADS
         if not wishes.packed:
             wanted = wanted - {Feature.RING_PACKED}
         required = {Feature.RING_PACKED} if wishes.packed else set()
-        net = stack.enter_context(NetDriver(transport, wanted=wanted, required=required, slots=2048))
+        slots, slot_size = POOL[wishes.offloads]
+        net = stack.enter_context(NetDriver(transport, wanted=wanted, required=required, slots=slots, slot_size=slot_size))
         accepted = Features(net.features, names=[NetFeature])
         emit(
             "driver",
@@ -82,35 +82,54 @@ def session(wishes: Wishes, emit: Emit) -> None:
             queues=[net.receiveq.size, net.transmitq.size],
             format="packed" if Feature.RING_PACKED in accepted else "split",
         )
-        ends: list[tuple[NetDriver | NetDevice, int]] = [(net, tap)]
+        vn0 = stack.enter_context(Netdev(net, DRIVER[0], namespace=near, address=f"{DRIVER[1]}/24"))
+        running: Netdev | NetdevPair = vn0
         if device is not None:
-            ends.append((device, far_tap))
-        pump = Pump(ends)
-        pump.start()
-        stack.callback(pump.stop)
-        with near.entered():
-            bring_up(*DRIVER, mac=net.mac, mtu=net.mtu)
-        with far.entered():
-            bring_up(*PEER, mtu=net.mtu)
+            peer0 = stack.enter_context(Netdev(device, PEER[0], namespace=far, mtu=net.mtu, address=f"{PEER[1]}/24"))
+            running = stack.enter_context(Netdev.pair(vn0, peer0))
+        running.start()
         emit("up", name=DRIVER[0], address=DRIVER[1], peer=PEER[0], peer_address=PEER[1])
-        run = Programs(emit, pump.check)
+        run = Programs(emit, running.check)
         ping = run.ping(near)
         rates = run.iperf3(near, far, wishes.seconds)
-        pump.check()
+        running.check()
+        ours = vn0.statistics
         kernel = far.counters(PEER[0])
         emit(
             "result",
             ping=ping,
             iperf3=rates,
-            vn0=net.statistics,
-            peer0=device.statistics if device is not None else {"sent_frames": kernel["sent_frames"], **_swapped(kernel)},
-            tap_drops=pump.drops,
+            vn0=_figures(ours["transmit"], ours["receive"], [net.transmitq, net.receiveq]),
+            peer0=_swapped(kernel) if device is None else _device_figures(device, peer0.statistics),
+            tap_drops=[ours["receive"]["refused"]] + ([] if device is None else [peer0.statistics["transmit"]["refused"]]),
         )
 
 
-def _start_qemu(stack: ExitStack, tap: int, wishes: Wishes) -> "PciFunction":
+def _figures(sent: dict[str, Any], received: dict[str, Any], queues: "Sequence[DriverQueue | DeviceQueue]") -> dict[str, Any]:
+    """What one end did, by the names of `Port.statistics`."""
+    counters = [queue.counters for queue in queues]
+    return {
+        **{f"sent_{key}": sent[key] for key in ("frames", "bytes", "drops")},
+        **{f"received_{key}": received[key] for key in ("frames", "bytes", "drops")},
+        **{key: sum(each[key] for each in counters) for key in ("notified", "suppressed")},
+    }
+
+
+def _device_figures(device: NetDevice, counted: dict[str, Any]) -> dict[str, Any]:
+    """A device sends to receiveq1, and receives from transmitq1."""
+    queues = [queue for index in (0, 1) if (queue := device.queue(index)) is not None]
+    return _figures(counted["receive"], counted["transmit"], queues)
+
+
+def _start_qemu(stack: ExitStack, far: Namespace, wishes: Wishes) -> "PciFunction":
+    """QEMU's device, and `peer0` as its far end, up and with its address."""
     from virtio.pci.qtest import QemuMachine
 
+    tap = open_tap(PEER[0], namespace=far.fileno())
+    stack.callback(os.close, tap)
+    interface = Interface(PEER[0], far.fileno())
+    interface.add_addresses([f"{PEER[1]}/24"])
+    interface.up()
     options = "packed=on," if wishes.packed else ""
     machine = QemuMachine(
         [f"virtio-net-pci,netdev=peer,{options}rx_queue_size=1024,tx_queue_size=256,disable-legacy=on"],

@@ -8,7 +8,6 @@ network namespaces, in a user namespace of its own if need be; namespaces, and T
 """
 
 import ctypes
-import errno
 import json
 import os
 import select
@@ -21,15 +20,13 @@ from typing import IO, Any, Final, NoReturn, Self
 
 from virtio.cli.output import DEVELOPER, CommandError, explain
 from virtio.cli.signals import SIGNALS, check
+from virtio.netdev.namespace import CLONE_NEWPID, NamespaceError, unshare_as_user
 
 Event = dict[str, Any]
 Emit = Callable[..., None]
 """Called by the worker with the event's kind, and its values by name: what JSON can say."""
 Task = Callable[[Emit], None]
 
-CLONE_NEWUSER: Final = 0x1000_0000
-CLONE_NEWPID: Final = 0x2000_0000
-CLONE_NEWNET: Final = 0x4000_0000
 _PR_SET_PDEATHSIG: Final = 1
 PATIENCE: Final = 5.0
 """Seconds that a worker has for its end before it is killed."""
@@ -40,24 +37,10 @@ _LOOK: Final = 0.5
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def unshare(flags: int) -> None:
-    """Gives the calling thread new namespaces. OSError: that cannot be."""
-    _call("unshare", _libc.unshare(flags))
-
-
-def setns(descriptor: int, flags: int) -> None:
-    """Moves the calling thread into a namespace. OSError: that cannot be."""
-    _call("setns", _libc.setns(descriptor, flags))
-
-
-def _call(name: str, result: int) -> None:
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-
-
 def _die_with_parent() -> None:
-    _call("prctl", _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl: {os.strerror(number)}")
 
 
 class Worker:
@@ -166,10 +149,10 @@ def _guard(task: Task, needs: int, report: int, alive: int, mask: set[int]) -> N
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, stop)
         try:
-            _isolate(needs | CLONE_NEWPID)
-        except CommandError:
+            unshare_as_user(needs | CLONE_NEWPID)
+        except NamespaceError as error:
             if needs:
-                raise
+                raise CommandError(str(error)) from None
             _work(task, report, alive, mask)
         _die_with_parent()  # after the user namespace: a change of credentials takes it back
         if not (worker := os.fork()):
@@ -183,28 +166,6 @@ def _guard(task: Task, needs: int, report: int, alive: int, mask: set[int]) -> N
         _emitter(report)("error", text=str(error))
     finally:
         os._exit(code if code >= 0 else SIGNALLED - code)
-
-
-def _isolate(kinds: int) -> None:
-    """New namespaces, and the right to make others of these kinds: in a user namespace, unless the user has it.
-
-    CommandError: they cannot be had.
-    """
-    user, group = os.geteuid(), os.getegid()
-    try:
-        unshare(kinds)
-        return
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise CommandError(f"no namespaces to be had: {error.strerror}") from None
-    try:
-        unshare(CLONE_NEWUSER | kinds)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-    except OSError as error:
-        why = f"{error.strerror or error}"
-        raise CommandError(f"this user may have no user and network namespace of its own ({why}): run it as root") from None
 
 
 def _work(task: Task, report: int, alive: int, mask: set[int]) -> NoReturn:
