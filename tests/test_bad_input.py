@@ -284,6 +284,12 @@ def test_rows_of_a_burst(ring_format: str, column: str, row: int, value: int | s
 
 BURSTS = [
     case("pool of other memory", lambda s: s.pair.driver.add_burst(s.foreign), ValueError, "memory"),
+    case("length 0", lambda s: s.pair.driver.add_burst(s.free, 0), ValueError, 0, 256),
+    case("length negative", lambda s: s.pair.driver.add_writable_burst(s.free, -1), ValueError, -1, 256),
+    case("length beyond the slot", lambda s: s.pair.driver.add_burst(s.free, length=257), ValueError, 257, 256),
+    case("length beyond a row's room", lambda s: s.pair.driver.add_burst(s.free, 193), ValueError, "row 0", 193, 192),
+    case("length to write beyond a row's room", lambda s: s.pair.driver.add_writable_burst(s.free, 256), ValueError, 256, 192),
+    case("length no number", lambda s: s.pair.driver.add_burst(s.free, "60"), TypeError),  # type: ignore[arg-type]
     case("pool of other memory to receive", lambda s: s.pair.driver.pop_used_burst(s.foreign), ValueError, "memory"),
     case("second pool while slots are out", lambda s: s.pair.driver.add_burst(second_pool(s)), ValueError, 2),
     case("second pool while chains are lent", lambda s: s.pair.device.pop_burst(s.free), ValueError, 2),

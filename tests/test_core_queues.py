@@ -255,6 +255,21 @@ def test_packets_go_through_bursts(ring_format: str) -> None:
     assert (pair.pool.available, pair.far.available, pair.pool.drops, pair.far.drops) == (64, 64, 0, 0)
 
 
+def test_one_length_for_all_rows_stands_for_the_column(ring_format: str) -> None:
+    pair = Pair(ring_format, 4)
+    tx, rx, back = pair.pool.burst(6), pair.far.burst(6), pair.pool.burst(6)
+    fill(tx, [bytes([number]) * 9 for number in range(6)])
+    tx.lengths[:] = 0  # not looked at
+    assert (pair.driver.add_burst(tx, 5), list(tx.lengths[: tx.count])) == (4, [5, 5])
+    assert (pair.driver.add_burst(tx, length=7), list(tx.lengths[: tx.count])) == (0, [7, 7])
+    assert (pair.device.pop_burst(rx), packets_of(rx)) == (4, [bytes([number]) * 5 for number in range(4)])
+    assert (pair.device.complete_burst(rx), pair.driver.pop_used_burst(back)) == (4, 4)
+    assert (pair.driver.add_burst(tx), pair.device.pop_burst(rx), packets_of(rx)) == (2, 2, [b"\4" * 7, b"\5" * 7])
+    # In a packet of several rows it is each row's.
+    fill(tx, [b"a" * (PAYLOAD + 3)])
+    assert (pair.driver.add_burst(tx, 3), pair.device.pop_burst(rx), packets_of(rx)) == (1, 1, [b"a" * 6])
+
+
 @pytest.mark.parametrize("indirect", [False, True])
 def test_long_packets_keep_their_rows_together(ring_format: str, indirect: bool) -> None:
     pair = Pair(ring_format, 8, *([Feature.INDIRECT_DESC] if indirect else []))

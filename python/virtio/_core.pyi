@@ -339,13 +339,14 @@ class DriverQueue:
 
         BadUsedElement: the device used what it does not have.
         """
-    def add_burst(self, burst: Burst) -> int:
+    def add_burst(self, burst: Burst, length: int | None = None) -> int:
         """Adds the burst's packets as readable chains, publishes, and notifies; returns how many chains. What did not fit stays in front.
 
-        The slots are the device's until they come back. ValueError: an illegal row, a packet of more rows than the queue has entries, or a
-        pool that is not in the queue's memory or not the one of outstanding chains.
+        `length`, 1 to the slot size, stands for every row's in place of the column, and is written there for rows that stay. The slots are
+        the device's until they come back. ValueError: a length out of range, an illegal row, a packet of more rows than the queue has
+        entries, or a pool that is not in the queue's memory or not the one of outstanding chains.
         """
-    def add_writable_burst(self, burst: Burst) -> int:
+    def add_writable_burst(self, burst: Burst, length: int | None = None) -> int:
         """As `add_burst`, with chains for the device to write: `lengths` are the bytes posted."""
     def pop_used_burst(self, burst: Burst) -> int:
         """Gives back what the burst holds, and fills it with slots of used chains; returns how many chains.

@@ -54,27 +54,26 @@ class Pair:
         pin(0)
         queue, pool, payload, total = near.queue, near.pool, self.payload, self.total
         burst = pool.burst(self.burst)
-        lengths = burst.lengths
+        length = max(payload, 1)
         template = bytes(k & 0xFF for k in range(payload))
         start = time.perf_counter_ns()
         added = done = 0
         while queue.free and added < total:
             burst.count = min(pool.take(burst), queue.free, total - added)
-            lengths[:] = max(payload, 1)
             if payload:
                 burst.write(template)
-            added += queue.add_burst(burst)
+            added += queue.add_burst(burst, length)
         while done < total:
             count = queue.pop_used_burst(burst)
             if not count:
                 continue
             done += count
             if added < total:
-                burst.count = min(count, total - added)
-                lengths[:] = max(payload, 1)
+                if count > total - added:
+                    burst.count = total - added
                 if payload:
                     burst.write(template)
-                added += queue.add_burst(burst)
+                added += queue.add_burst(burst) if payload else queue.add_burst(burst, length)
         elapsed = time.perf_counter_ns() - start
         if done != total:
             raise RuntimeError(f"{done} buffers came back of {total}")

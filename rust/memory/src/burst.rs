@@ -29,6 +29,22 @@ pub struct Burst {
     unsent: AtomicU32,
 }
 
+/// The bytes of each row: the column, or one number in its place.
+struct Lengths<'a> {
+    column: &'a [AtomicI64],
+    all: Option<u32>,
+}
+
+impl Lengths<'_> {
+    #[inline(always)]
+    fn get(&self, row: usize) -> i64 {
+        match self.all {
+            Some(length) => length.into(),
+            None => self.column[row].load(Relaxed),
+        }
+    }
+}
+
 /// One row to be written, and where its slot is listed.
 struct Place<'a> {
     slot: &'a AtomicI64,
@@ -134,6 +150,12 @@ impl Burst {
         }
     }
 
+    /// Says that every valid row has `length` bytes.
+    #[inline]
+    pub fn set_lengths(&self, length: u32) {
+        self.lengths[..self.count()].iter().for_each(|row| row.store(length.into(), Relaxed));
+    }
+
     /// Writes a row. The index is below the capacity.
     #[inline]
     pub fn set_row(&self, index: usize, row: Row) {
@@ -151,17 +173,26 @@ impl Burst {
     /// [`RowError`] for the first that is not legal.
     #[inline]
     pub fn validate(&self, state: &mut PoolState, rows: &mut Vec<Row>) -> Result<usize, RowError> {
+        self.validate_as(state, rows, None)
+    }
+
+    /// As [`Burst::validate`]; `all` stands for every row's length, if it is given.
+    ///
+    /// # Errors
+    /// As [`Burst::validate`].
+    #[inline]
+    pub fn validate_as(&self, state: &mut PoolState, rows: &mut Vec<Row>, all: Option<u32>) -> Result<usize, RowError> {
         let count = self.count();
         rows.resize(count, Row::default());
         state.begin();
         let slot_size = self.pool.slot_size() as i64;
         // Slices first: a relaxed load makes the compiler forget what it read through `self`.
         let (slots, offsets) = (&self.slots[..count], &self.offsets[..count]);
-        let (lengths, more) = (&self.lengths[..count], &self.more[..count]);
+        let (lengths, more) = (Lengths { column: &self.lengths[..count], all }, &self.more[..count]);
         let mut before = 0;
         for (index, row) in rows.iter_mut().enumerate() {
             let (slot, offset) = (slots[index].load(Relaxed), offsets[index].load(Relaxed));
-            let (length, more) = (lengths[index].load(Relaxed), more[index].load(Relaxed));
+            let (length, more) = (lengths.get(index), more[index].load(Relaxed));
             let met = usize::try_from(slot).ok().and_then(|slot| state.meet(slot));
             let legal = met == Some((self.owner, false))
                 && (0..slot_size).contains(&offset)
@@ -181,17 +212,18 @@ impl Burst {
     }
 
     /// As [`Burst::validate`], where every row is a packet of its own: true if they all are, and legal. Otherwise nothing is known of them.
+    /// `all` as in [`Burst::validate_as`].
     #[inline]
-    pub fn check_short(&self, state: &mut PoolState) -> bool {
+    pub fn check_short(&self, state: &mut PoolState, all: Option<u32>) -> bool {
         let (count, slot_size, owner) = (self.count(), self.pool.slot_size() as u64, self.owner);
         let stamp = state.begin();
         let (_, entries) = state.parts();
         // Slices first: a relaxed load makes the compiler forget what it read through `self`.
         let (slots, offsets) = (&self.slots[..count], &self.offsets[..count]);
-        let (lengths, more) = (&self.lengths[..count], &self.more[..count]);
+        let (lengths, more) = (Lengths { column: &self.lengths[..count], all }, &self.more[..count]);
         for row in 0..count {
             let (slot, offset) = (slots[row].load(Relaxed) as u64, offsets[row].load(Relaxed) as u64);
-            let (length, more) = (lengths[row].load(Relaxed) as u64, more[row].load(Relaxed));
+            let (length, more) = (lengths.get(row) as u64, more[row].load(Relaxed));
             // Negative numbers are large ones.
             let Some(entry) = entries.get_mut(slot as usize) else { return false };
             let room = slot_size.wrapping_sub(offset);
@@ -351,16 +383,17 @@ impl Burst {
 
     /// Reads rows of one row a packet once, checks each as [`Burst::validate`] does, passes its slot on, and tells it to `each`. Stops at
     /// the first that is not such a row. How many rows were passed on, and how many are valid; the caller takes back those that go no further.
+    /// `all` as in [`Burst::validate_as`].
     #[inline]
-    pub fn pass_short(&self, state: &mut PoolState, to: Owner, mut each: impl FnMut(Row)) -> (usize, usize) {
+    pub fn pass_short(&self, state: &mut PoolState, to: Owner, all: Option<u32>, mut each: impl FnMut(Row)) -> (usize, usize) {
         let (count, slot_size, owner) = (self.count(), self.pool.slot_size() as u64, self.owner);
         let (_, entries) = state.parts();
         // Slices first: a relaxed load makes the compiler forget what it read through `self`.
         let (slots, offsets) = (&self.slots[..count], &self.offsets[..count]);
-        let (lengths, more) = (&self.lengths[..count], &self.more[..count]);
+        let (lengths, more) = (Lengths { column: &self.lengths[..count], all }, &self.more[..count]);
         for row in 0..count {
             let (slot, offset) = (slots[row].load(Relaxed) as u64, offsets[row].load(Relaxed) as u64);
-            let (length, more) = (lengths[row].load(Relaxed) as u64, more[row].load(Relaxed));
+            let (length, more) = (lengths.get(row) as u64, more[row].load(Relaxed));
             // Negative numbers are large ones. A slot that stands in two rows has its new owner at the second.
             let Some(entry) = entries.get_mut(slot as usize) else { return (row, count) };
             let room = slot_size.wrapping_sub(offset);

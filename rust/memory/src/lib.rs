@@ -47,7 +47,7 @@ pub use fork::{BoundToProcess, ForkedProcess, process_generation};
 pub use guest::{GuestMemory, View};
 pub use mapping::{HugePages, Mapping};
 pub use pool::{BufferPool, HEADROOM, Lender, Owner, PoolState};
-pub use region::{Region, RegionTable};
+pub use region::{Place, Region, RegionTable};
 pub use registers::Registers;
 pub use row::{Column, Limit, RawRow, Row, RowError};
 pub use sigbus::MAX_GUARDED;

@@ -243,6 +243,12 @@ impl RegionTable {
         Ok(())
     }
 
+    /// `len` bytes in one region, found once for several copies; `None` if they are not all in one.
+    #[inline(always)]
+    pub fn place(&self, address: u64, len: usize) -> Option<Place<'_>> {
+        self.locate(address, len).map(|start| Place { table: self, address, start, len })
+    }
+
     /// Bytes in one piece, which keep their mapping alive.
     ///
     /// # Errors
@@ -300,5 +306,66 @@ impl RegionTable {
             self.sound.store(epoch, Relaxed);
         }
         found.map(|region| (region.address, region.len))
+    }
+}
+
+/// Bytes of guest memory in one piece, found by [`RegionTable::place`].
+#[derive(Debug)]
+pub struct Place<'a> {
+    table: &'a RegionTable,
+    address: u64,
+    /// `len` bytes from here are mapped as long as the table lives.
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl Place<'_> {
+    /// Where `len` bytes from `offset` are.
+    #[inline(always)]
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8, MemoryError> {
+        if offset > self.len || len > self.len - offset {
+            return Err(MemoryError::OutOfRange { offset: offset as u64, len: len as u64, size: self.len as u64 });
+        }
+        // SAFETY: inside the place, or one past its end with len 0.
+        Ok(unsafe { self.start.add(offset) }.as_ptr())
+    }
+
+    /// Copies guest memory out, from the place's byte `offset` on.
+    ///
+    /// # Errors
+    /// `OutOfRange`; nothing is copied then.
+    #[inline(always)]
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), MemoryError> {
+        let from = self.at(offset, to.len())?;
+        // SAFETY: `at` vouches for the source.
+        unsafe { raw::copy_out(from, to) };
+        Ok(())
+    }
+
+    /// Copies into guest memory from the place's byte `offset` on, and marks it dirty.
+    ///
+    /// # Errors
+    /// `OutOfRange`; nothing is copied then.
+    #[inline(always)]
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), MemoryError> {
+        let to = self.at(offset, from.len())?;
+        // SAFETY: `at` vouches for the target.
+        unsafe { raw::copy_in(to, from) };
+        self.table.mark(self.address + offset as u64, from.len() as u64);
+        Ok(())
+    }
+
+    /// Copies `len` bytes of `from`, from its byte `at` on (a pool slot), to the place's byte `offset`, and marks them dirty.
+    ///
+    /// # Errors
+    /// `OutOfRange`; nothing is copied then.
+    #[inline(always)]
+    pub fn copy_in(&self, offset: usize, len: usize, from: &Mapping, at: usize) -> Result<(), MemoryError> {
+        let to = self.at(offset, len)?;
+        let source = from.at(at, len)?;
+        // SAFETY: `at` of either vouches for len bytes.
+        unsafe { raw::copy_across(source.as_ptr(), to, len) };
+        self.table.mark(self.address + offset as u64, len as u64);
+        Ok(())
     }
 }

@@ -6,50 +6,13 @@
 use crate::device::{DeviceBursts, Lent, unmapped};
 use crate::error::BurstError;
 use crate::header::{Header, MAX_FRAME, Reason};
+use crate::incoming::judge_place;
+pub(crate) use crate::incoming::{Incoming, judge};
 use crate::keep_rest;
+use crate::pieces::{Pieces, copy_frame};
 use crate::port::{Frames, Rules, Traffic, check_headroom, prepare, write_header};
-use virtio_memory::{Burst, HEADROOM, MemoryError, PoolState, RegionTable, Row};
-use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing, Segment};
-
-/// A transmitted chain that is believed.
-pub(crate) struct Incoming {
-    pub header: Header,
-    /// Bytes of the frame.
-    pub length: usize,
-}
-
-/// Looks at a transmitted chain: its header is copied, then judged; all of its memory is there (device-11, device-13, device-14).
-#[inline(always)]
-pub(crate) fn judge(
-    memory: &RegionTable,
-    segments: &[Segment],
-    chain: &Chain,
-    rules: &Rules,
-) -> Result<Result<Incoming, Reason>, MemoryError> {
-    if chain.readable as usize <= rules.header {
-        return Ok(Err(Reason::Short));
-    }
-    let length = chain.readable as usize - rules.header;
-    if length > MAX_FRAME {
-        return Ok(Err(Reason::Long));
-    }
-    let mut bytes = [0; Header::SIZE];
-    match segments {
-        [first, ..] if first.len as usize >= Header::SIZE => memory.read(first.address, &mut bytes)?,
-        _ => {
-            let mut at = 0;
-            Pieces::new(segments.iter()).each(Header::SIZE, |address, len| {
-                memory.read(address, &mut bytes[at..at + len])?;
-                at += len;
-                Ok(())
-            })?;
-        }
-    }
-    for segment in segments {
-        memory.check(segment.address, segment.len.into())?;
-    }
-    Ok(rules.incoming.incoming(Header::parse(&bytes), length as u64).map(|header| Incoming { header, length }))
-}
+use virtio_memory::{Burst, HEADROOM, MemoryError, Place, PoolState, RegionTable, Row};
+use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing};
 
 impl DeviceBursts {
     /// Room for every chain of the queue.
@@ -247,23 +210,35 @@ impl DeviceBursts {
             }
             left -= popped.min(left);
             self.completions.clear();
-            let (mut fault, mut bytes, before) = (None, 0, frames.len());
+            let (mut fault, mut bytes, before, memory) = (None, 0, frames.len(), queue.memory());
             for (chain, segments) in self.batch.iter() {
                 let segments = if chain.writable == 0 { segments } else { self.batch.readable(chain) };
-                match judge(queue.memory(), segments, chain, rules) {
+                // Most frames are in one segment, and that in one region.
+                let place = match segments {
+                    [segment] => memory.place(segment.address, segment.len as usize),
+                    _ => None,
+                };
+                let judged = match &place {
+                    Some(place) => judge_place(place, chain, rules),
+                    None => judge(memory, segments, chain, rules),
+                };
+                let copied = match judged {
                     Ok(Ok(Incoming { length, .. })) => {
-                        let copied = frames.push(length, |to| copy_frame(queue.memory(), segments, rules.header, to));
-                        if let Err(error) = copied {
-                            fault = Some(error);
-                            break;
-                        }
-                        bytes += length as u64;
+                        let copied = frames.push(length, |to| match &place {
+                            Some(place) => place.read(rules.header, to),
+                            None => copy_frame(memory, segments, rules.header, to),
+                        });
+                        copied.inspect(|()| bytes += length as u64)
                     }
-                    Ok(Err(reason)) => traffic.drop(reason),
-                    Err(error) => {
-                        fault = Some(error);
-                        break;
+                    Ok(Err(reason)) => {
+                        traffic.drop(reason);
+                        Ok(())
                     }
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = copied {
+                    fault = Some(error);
+                    break;
                 }
                 self.completions.push(Completion { head: chain.head, serial: chain.serial, len: 0 });
             }
@@ -313,7 +288,15 @@ impl DeviceBursts {
             });
             let count = rows.iter().filter(|row| !row.more).count();
             let prepare = |packet: &&[Row]| prepare(pool, packet, rules, &mut scratch);
-            let (sent, done, fault) = self.push(queue, packets, count, rules, traffic, prepare, |packet, memory, target| {
+            let short = |packet: &&[Row], place: &Place<'_>| {
+                let mut to = rules.header;
+                packet.iter().try_for_each(|row| {
+                    place.copy_in(to, row.length as usize, pool.mapping(), pool.slot_offset(row.slot) + row.offset as usize)?;
+                    to += row.length as usize;
+                    Ok(())
+                })
+            };
+            let (sent, done, fault) = self.push(queue, packets, count, rules, traffic, prepare, short, |packet, memory, target| {
                 for row in *packet {
                     let mut at = pool.slot_offset(row.slot) + row.offset as usize;
                     target.each(row.length as usize, |address, len| {
@@ -352,7 +335,8 @@ impl DeviceBursts {
         let count = frames.len();
         let frames = frames.map(|frame| (frame, frame.len() as u64));
         let plain = |_: &&[u8]| Ok(Ok(Header::default()));
-        let (sent, done, fault) = self.push(queue, frames, count, rules, traffic, plain, |frame, memory, target| {
+        let short = |frame: &&[u8], place: &Place<'_>| place.write(rules.header, frame);
+        let (sent, done, fault) = self.push(queue, frames, count, rules, traffic, plain, short, |frame, memory, target| {
             let mut rest = *frame;
             target.each(frame.len(), |address, len| {
                 let (piece, behind) = rest.split_at(len);
@@ -377,7 +361,7 @@ impl DeviceBursts {
     }
 
     /// Moves packets (what they are, their bytes) into receive chains, and completes these: how many were sent, how many were sent or
-    /// dropped, and what stopped it. `prepare` gives a packet's header, `write` copies its bytes behind that.
+    /// dropped, and what stopped it. `prepare` gives a packet's header; `short` (into one place) and `write` copy its bytes behind that.
     #[allow(clippy::too_many_arguments, reason = "one loop for two kinds of packets")]
     #[inline(always)]
     fn push<R: DeviceRing, P>(
@@ -388,6 +372,7 @@ impl DeviceBursts {
         rules: &Rules,
         traffic: &mut Traffic,
         mut prepare: impl FnMut(&P) -> Result<Result<Header, Reason>, MemoryError>,
+        mut short: impl FnMut(&P, &Place<'_>) -> Result<(), MemoryError>,
         mut write: impl FnMut(&P, &RegionTable, &mut Pieces<'_>) -> Result<(), MemoryError>,
     ) -> (usize, usize, Option<BurstError>) {
         let (mut sent, mut done, mut everything) = (0, 0, false);
@@ -408,8 +393,10 @@ impl DeviceBursts {
                 Err(error) => return (sent, done, Some(error.into())),
             };
             let before = done;
-            self.completions.clear();
-            let (mut next, mut stop) = (0, None);
+            let (batch, completions, memory) = (&self.batch, &mut self.completions, queue.memory());
+            let all = batch.chains();
+            completions.clear();
+            let (mut next, mut stop, mut all_bytes, before_sent) = (0, None, 0, sent);
             while let Some((packet, bytes)) = packets.peek() {
                 let header = match prepare(packet) {
                     Ok(Ok(header)) => header,
@@ -425,8 +412,28 @@ impl DeviceBursts {
                     }
                 };
                 let total = bytes + rules.header as u64;
-                let Some(chains) = chains_for(&self.batch, next, total, rules) else { break };
-                let all = &self.batch.chains()[next..next + chains];
+                // Most packets go into one chain of one segment in one region: all of it is there before the first byte moves.
+                if let Some(chain) = all.get(next)
+                    && u64::from(chain.writable) >= total
+                    && let [segment] = batch.segments(chain)
+                    && let Some(place) = memory.place(segment.address, segment.len as usize)
+                {
+                    let header = Header { num_buffers: 1, ..header };
+                    if let Err(error) = put_header(&place, rules, &header).and_then(|()| short(packet, &place)) {
+                        stop = Some(error);
+                        break;
+                    }
+                    completions.push(Completion { head: chain.head, serial: chain.serial, len: total as u32 });
+                    self.buffer_size = chain.writable;
+                    all_bytes += bytes;
+                    next += 1;
+                    done += 1;
+                    sent += 1;
+                    packets.next();
+                    continue;
+                }
+                let Some(chains) = chains_for(batch, next, total, rules) else { break };
+                let all = &all[next..next + chains];
                 if chains == 0 || (all[0].writable as usize) < rules.header {
                     traffic.drop(Reason::Long);
                     done += 1;
@@ -434,7 +441,7 @@ impl DeviceBursts {
                     continue;
                 }
                 let header = Header { num_buffers: chains as u16, ..header };
-                let result = place(queue.memory(), &self.batch, all, total, rules, &header, |memory, target| write(packet, memory, target));
+                let result = place(memory, batch, all, total, rules, &header, |memory, target| write(packet, memory, target));
                 if let Err(error) = result {
                     stop = Some(error);
                     break;
@@ -443,15 +450,16 @@ impl DeviceBursts {
                 for chain in all {
                     let len = left.min(chain.writable.into());
                     left -= len;
-                    self.completions.push(Completion { head: chain.head, serial: chain.serial, len: len as u32 });
+                    completions.push(Completion { head: chain.head, serial: chain.serial, len: len as u32 });
                 }
                 self.buffer_size = all[0].writable;
-                traffic.count(1, *bytes);
+                all_bytes += bytes;
                 next += chains;
                 done += 1;
                 sent += 1;
                 packets.next();
             }
+            traffic.count((sent - before_sent) as u64, all_bytes);
             if let Err(error) = queue.check_memory() {
                 return (sent, done, Some(error.into()));
             }
@@ -492,8 +500,18 @@ fn chains_for(batch: &ChainBatch, next: usize, total: u64, rules: &Rules) -> Opt
         .map(|last| last + 1)
 }
 
-/// Writes a header and a packet into the writable bytes of chains, which have room for both, while they are still ours (device-16).
+/// Writes a header to a place's start; there is room for it.
 #[inline(always)]
+fn put_header(place: &Place<'_>, rules: &Rules, header: &Header) -> Result<(), MemoryError> {
+    place.write(0, &header.bytes())?;
+    if rules.header > Header::SIZE {
+        place.write(Header::SIZE, &[0; HEADROOM][..rules.header - Header::SIZE])?;
+    }
+    Ok(())
+}
+
+/// Writes a header and a packet into the writable bytes of chains, which have room for both, while they are still ours (device-16).
+#[inline(never)]
 fn place(
     memory: &RegionTable,
     batch: &ChainBatch,
@@ -519,62 +537,4 @@ fn place(
         Ok(())
     })?;
     write(memory, &mut target)
-}
-
-/// Copies what is behind the header; there is as much as `to` wants.
-#[inline(always)]
-fn copy_frame(memory: &RegionTable, segments: &[Segment], header: usize, to: &mut [u8]) -> Result<(), MemoryError> {
-    let mut source = Pieces::new(segments.iter());
-    source.each(header, |_, _| Ok(()))?;
-    let mut at = 0;
-    source.each(to.len(), |address, len| {
-        memory.read(address, &mut to[at..at + len])?;
-        at += len;
-        Ok(())
-    })
-}
-
-/// A place in the bytes of segments: those given, or the writable ones of chains that follow each other.
-struct Pieces<'a> {
-    segments: std::slice::Iter<'a, Segment>,
-    chains: Option<(&'a ChainBatch, std::slice::Iter<'a, Chain>)>,
-    address: u64,
-    left: usize,
-}
-
-impl<'a> Pieces<'a> {
-    fn new(segments: std::slice::Iter<'a, Segment>) -> Self {
-        Pieces { segments, chains: None, address: 0, left: 0 }
-    }
-
-    fn over(batch: &'a ChainBatch, chains: &'a [Chain]) -> Self {
-        Pieces { segments: [].iter(), chains: Some((batch, chains.iter())), address: 0, left: 0 }
-    }
-
-    fn next(&mut self) -> Option<&'a Segment> {
-        loop {
-            if let Some(segment) = self.segments.next() {
-                return Some(segment);
-            }
-            let (batch, chains) = self.chains.as_mut()?;
-            self.segments = batch.writable(chains.next()?).iter();
-        }
-    }
-
-    /// Calls `step` with each piece of the next `len` bytes, which are there.
-    #[inline(always)]
-    fn each(&mut self, mut len: usize, mut step: impl FnMut(u64, usize) -> Result<(), MemoryError>) -> Result<(), MemoryError> {
-        while len > 0 {
-            if self.left == 0 {
-                let Some(segment) = self.next() else { return Ok(()) };
-                (self.address, self.left) = (segment.address, segment.len as usize);
-            }
-            let count = len.min(self.left);
-            step(self.address, count)?;
-            self.address = self.address.wrapping_add(count as u64);
-            self.left -= count;
-            len -= count;
-        }
-        Ok(())
-    }
 }

@@ -144,22 +144,41 @@ impl DriverBursts {
         burst: &Burst,
         direction: Direction,
     ) -> Result<usize, BurstError> {
+        self.add_as(queue, state, burst, direction, None)
+    }
+
+    /// As [`DriverBursts::add`]; `all` stands for every row's length, if it is given, and is then written to the rows that stay.
+    ///
+    /// # Errors
+    /// As [`DriverBursts::add`].
+    #[inline]
+    pub fn add_as<R: DriverRing>(
+        &mut self,
+        queue: &mut DriverQueue<R>,
+        state: &mut PoolState,
+        burst: &Burst,
+        direction: Direction,
+        all: Option<u32>,
+    ) -> Result<usize, BurstError> {
         let Some(held) = &mut self.held else { return Ok(0) };
         if queue.free() == 0 {
-            // Nothing will fit: the rows are checked, and stay as they are.
-            if burst.check_short(state) {
-                burst.set_unsent(burst.count() as u32);
-                return Ok(0);
+            // Nothing will fit: the rows are checked, and stay.
+            let mut packets = burst.count();
+            if !burst.check_short(state, all) {
+                burst.validate_as(state, &mut self.rows, all)?;
+                check_packets(&self.rows, queue.size())?;
+                packets = self.rows.iter().filter(|row| !row.more).count();
             }
-            burst.validate(state, &mut self.rows)?;
-            check_packets(&self.rows, queue.size())?;
-            burst.set_unsent(self.rows.iter().filter(|row| !row.more).count() as u32);
+            if let Some(length) = all {
+                burst.set_lengths(length);
+            }
+            burst.set_unsent(packets as u32);
             return Ok(0);
         }
         let base = self.base + held.pool.offset() as u64;
         let slot_size = held.pool.slot_size() as u64;
         let (buffers, mut written) = (&mut self.buffers[..], 0);
-        let (passed, rows) = burst.pass_short(state, held.owner, |row| {
+        let (passed, rows) = burst.pass_short(state, held.owner, all, |row| {
             buffers[written] = Buffer {
                 token: u64::from(row.slot) | u64::from(row.offset) << OFFSET_SHIFT,
                 address: base + u64::from(row.slot) * slot_size + u64::from(row.offset),
@@ -173,7 +192,7 @@ impl DriverBursts {
             |buffers: &[Buffer]| buffers.iter().try_for_each(|one| state.transfer(one.token as u32, held.owner, burst.owner()));
         if passed < rows {
             take_back(buffers)?;
-            burst.validate(state, &mut self.rows)?;
+            burst.validate_as(state, &mut self.rows, all)?;
             return self.add_linked(queue, state, burst, direction);
         }
         let added = match queue.add_batch(buffers) {

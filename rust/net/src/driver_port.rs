@@ -5,16 +5,25 @@
 
 use crate::driver::{DriverBursts, Held, LAST, LINKED, Link, OFFSET_SHIFT, check_packets, links};
 use crate::error::BurstError;
-use crate::header::MAX_FRAME;
+use crate::header::{Header, MAX_FRAME};
 use crate::keep_rest;
 use crate::port::{Rules, Traffic, check_headroom, prepare};
 use std::sync::Arc;
-use virtio_memory::{BufferPool, Burst, HEADROOM, MemoryError, PoolState, Row};
+use virtio_memory::{BufferPool, Burst, HEADROOM, Mapping, MemoryError, PoolState, Row};
 use virtqueue::{Buffer, Direction, DriverQueue, DriverRing, Form, RingError, Segment, Used};
 
 /// A slot's token.
 pub(crate) fn token(slot: u32, offset: usize) -> u64 {
     u64::from(slot) | (offset as u64) << OFFSET_SHIFT
+}
+
+/// Puts a header that claims nothing before the frame at `at`.
+#[inline(always)]
+fn zero_header(mapping: &Mapping, at: usize, header: usize) -> Result<(), MemoryError> {
+    match header {
+        Header::SIZE => mapping.write(at - Header::SIZE, &[0; Header::SIZE]),
+        _ => mapping.write(at - header, &[0; HEADROOM][..header]),
+    }
 }
 
 impl DriverBursts {
@@ -115,7 +124,7 @@ impl DriverBursts {
         let mut drops = *traffic;
         let (bad, scratch) = (&mut self.bad, &mut self.scratch);
         bad.clear();
-        let (passed, rows) = burst.pass_short(state, owner, |row| {
+        let (passed, rows) = burst.pass_short(state, owner, None, |row| {
             let fits = row.offset >= header;
             no_room |= !fits;
             if fits {
@@ -269,8 +278,9 @@ impl DriverBursts {
         loop {
             // Frames of one slot, many at a time; then a longer one, if there is one.
             let free = usize::from(queue.free()).min(self.buffers.len());
+            let (mapping, base) = (&**pool.mapping(), self.base);
             let (mut written, mut bytes, mut long) = (0, 0, None);
-            while written < free {
+            for buffer in &mut self.buffers[..free] {
                 let Some(frame) = frames.next() else { break };
                 if frame.len() > payload {
                     long = Some(frame);
@@ -278,11 +288,11 @@ impl DriverBursts {
                 }
                 let Some(slot) = state.take(owner) else { break };
                 let at = pool.slot_offset(slot) + HEADROOM;
-                pool.mapping().write(at - header, &[0; HEADROOM][..header])?;
-                pool.mapping().write(at, frame)?;
-                self.buffers[written] = Buffer {
+                zero_header(mapping, at, header)?;
+                mapping.write(at, frame)?;
+                *buffer = Buffer {
                     token: token(slot, HEADROOM),
-                    address: self.base + (at - header) as u64,
+                    address: base + (at - header) as u64,
                     len: (frame.len() + header) as u32,
                     direction: Direction::Readable,
                 };

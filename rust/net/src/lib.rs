@@ -16,6 +16,8 @@ mod driver_port;
 mod driver_receive;
 mod error;
 pub mod header;
+mod incoming;
+mod pieces;
 mod port;
 pub mod pump;
 

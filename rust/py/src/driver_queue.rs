@@ -206,13 +206,17 @@ impl DriverQueue {
     }
 
     #[inline]
-    fn add_rows(&self, py: Python<'_>, burst: &Burst, direction: Direction) -> Result<usize, Error> {
+    fn add_rows(&self, py: Python<'_>, burst: &Burst, length: Option<Int>, direction: Direction) -> Result<usize, Error> {
         burst.shared.check()?;
+        let all = match length {
+            Some(length) => Some(length.within::<u32>("length", 1, burst.rows.pool().slot_size() as i128)?),
+            None => None,
+        };
         self.with_memory(py, |open| {
             let open = open.for_bursts()?;
             open.bursts.bind(&burst.rows, open.queue.outstanding().into())?;
             let mut pool = lock_pool(py, burst.rows.pool());
-            let added = open.bursts.add(&mut open.queue, &mut pool, &burst.rows, direction)?;
+            let added = open.bursts.add_as(&mut open.queue, &mut pool, &burst.rows, direction, all)?;
             drop(pool);
             open.publish(&self.ring)?;
             Ok(added)
@@ -418,13 +422,15 @@ impl DriverQueue {
     }
 
     /// Adds the burst's packets as readable chains, publishes, and notifies; returns how many chains.
-    fn add_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
-        self.add_rows(py, burst.get(), Direction::Readable)
+    #[pyo3(signature = (burst, length = None))]
+    fn add_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>, length: Option<Int>) -> Result<usize, Error> {
+        self.add_rows(py, burst.get(), length, Direction::Readable)
     }
 
     /// As `add_burst`, with chains for the device to write: `lengths` are the bytes posted.
-    fn add_writable_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
-        self.add_rows(py, burst.get(), Direction::Writable)
+    #[pyo3(signature = (burst, length = None))]
+    fn add_writable_burst(&self, py: Python<'_>, burst: &Bound<'_, Burst>, length: Option<Int>) -> Result<usize, Error> {
+        self.add_rows(py, burst.get(), length, Direction::Writable)
     }
 
     /// Gives back what the burst holds, and fills it with slots of used chains; returns how many chains.

@@ -27,17 +27,35 @@ pub fn features(given: &Mask) -> Result<u128, Error> {
 
 /// Frames to send, held while they are copied.
 pub fn outgoing<'py>(frames: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBytes>>> {
-    let bytes = |item: Bound<'py, PyAny>| match item.cast_into::<PyBytes>() {
+    let bytes = |item: Bound<'py, PyAny>| match item.cast_into_exact::<PyBytes>() {
         Ok(bytes) => Ok(bytes),
-        Err(error) => {
-            let data: Bytes = error.into_inner().extract()?;
-            Ok(PyBytes::new(frames.py(), data.as_slice()))
-        }
+        Err(error) => other_bytes(error.into_inner()),
     };
     if let Ok(list) = frames.cast::<PyList>() {
-        return list.iter().map(bytes).collect();
+        let mut found = Vec::with_capacity(list.len());
+        for item in list {
+            found.push(bytes(item)?);
+        }
+        return Ok(found);
     }
     frames.try_iter()?.map(|item| bytes(item?)).collect()
+}
+
+#[cold]
+fn other_bytes(item: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyBytes>> {
+    match item.cast_into::<PyBytes>() {
+        Ok(bytes) => Ok(bytes),
+        Err(error) => {
+            let item = error.into_inner();
+            let data: Bytes = item.extract()?;
+            Ok(PyBytes::new(item.py(), data.as_slice()))
+        }
+    }
+}
+
+/// Their bytes, which do not change: asked for once, since every question to an object is a call.
+pub fn slices<'a>(frames: &'a [Bound<'_, PyBytes>]) -> Vec<&'a [u8]> {
+    frames.iter().map(|frame| frame.as_bytes()).collect()
 }
 
 /// How many frames a call may give.

@@ -8,7 +8,7 @@ use crate::lock::{lock, lock_pool};
 use crate::port::{self, Received};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytesMethods, PyDict, PyList};
+use pyo3::types::{PyDict, PyList};
 use std::sync::Mutex;
 use virtio_net_path::{DeviceBursts, Rules, Traffic};
 
@@ -109,12 +109,13 @@ impl DevicePort {
     /// Copies frames into receive buffers; returns how many are done with, from the first on: one longer than the driver's buffer is dropped and counted.
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
         let frames = port::outgoing(frames)?;
-        DeviceBursts::check_frames(frames.iter().map(|frame| frame.as_bytes()))?;
+        let frames = port::slices(&frames);
+        DeviceBursts::check_frames(frames.iter().copied())?;
         let mut traffic = lock(py, &self.sent);
         let traffic = &mut *traffic;
         let shared = &self.receiveq.get().shared;
         shared.with(py, |open| {
-            let frames = frames.iter().map(|frame| frame.as_bytes());
+            let frames = frames.iter().copied();
             let (done, _) = open.bursts.send_frames(&mut open.queue, frames, &self.rules, traffic)?;
             open.publish(&shared.ring)?;
             Ok(done)

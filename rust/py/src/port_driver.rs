@@ -9,7 +9,7 @@ use crate::pool::BufferPool;
 use crate::port::{self, Received};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytesMethods, PyDict, PyList};
+use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex};
 use virtio_memory::HEADROOM;
 use virtio_net_path::{DriverBursts, ReceiveBuffers, Rules, Traffic};
@@ -175,12 +175,13 @@ impl DriverPort {
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
         self.pool.get().shared.check()?;
         let frames = port::outgoing(frames)?;
+        let frames = port::slices(&frames);
         let mut traffic = lock(py, &self.sent);
         let traffic = &mut *traffic;
         self.with(py, &self.transmitq, 1, |open| {
-            DriverBursts::check_frames(&open.queue, &self.slots, frames.iter().map(|frame| frame.as_bytes()))?;
+            DriverBursts::check_frames(&open.queue, &self.slots, frames.iter().copied())?;
             let mut pool = lock_pool(py, &self.slots);
-            let frames = frames.iter().map(|frame| frame.as_bytes());
+            let frames = frames.iter().copied();
             Ok(open.bursts.send_frames(&mut open.queue, &mut pool, frames, &self.rules, traffic)?)
         })
     }

@@ -29,12 +29,17 @@ fn each_kind_of_write_marks_its_pages_and_no_read_does() {
     assert_eq!(taken(), BTreeSet::from([7]));
     table.copy_in(9 * PAGE_SIZE, 8193, &slots, 0).unwrap();
     assert_eq!(taken(), BTreeSet::from([9, 10, 11]));
+    let place = table.place(12 * PAGE_SIZE, 16384).unwrap();
+    place.write(4095, &[1, 2]).unwrap();
+    place.copy_in(3 * 4096, 4096, &slots, 0).unwrap();
+    assert_eq!(taken(), BTreeSet::from([12, 13, 15]));
     table.mark(19 * PAGE_SIZE, 4096);
     assert_eq!(taken(), BTreeSet::from([19]));
 
     table.read(0, &mut [0; 100]).unwrap();
     table.load(0, 8).unwrap();
     table.copy_out(0, 100, &slots, 0).unwrap();
+    table.place(0, 100).unwrap().read(0, &mut [0; 100]).unwrap();
     table.span(0, 100).unwrap();
     table.write(0, &[]).unwrap();
     assert!(table.write(20 * PAGE_SIZE - 1, &[1, 2]).is_err());

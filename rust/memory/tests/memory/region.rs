@@ -46,6 +46,28 @@ fn nothing_moves_unless_the_whole_span_is_mapped() {
 }
 
 #[test]
+fn a_place_is_in_one_region_and_nothing_leaves_it() {
+    let table = table(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
+    assert!(
+        [(0xfff, 1), (0x1fff, 2), (0x3000, 1), (0x2000, 0x1001), (u64::MAX, 2)].iter().all(|(at, len)| table.place(*at, *len).is_none())
+    );
+    let (place, slots) = (table.place(0x2ff0, 16).unwrap(), memory(4096));
+    place.write(0, &[1; 12]).unwrap();
+    slots.write(100, &[2; 4]).unwrap();
+    place.copy_in(12, 4, &slots, 100).unwrap();
+    place.write(16, &[]).unwrap();
+    let outside = |offset, len| MemoryError::OutOfRange { offset, len, size: 16 };
+    assert_eq!(place.write(13, &[3; 4]), Err(outside(13, 4)));
+    assert_eq!(place.write(usize::MAX, &[3; 4]), Err(outside(u64::MAX, 4)));
+    assert_eq!(place.copy_in(12, 5, &slots, 0), Err(outside(12, 5)));
+    assert!(place.copy_in(0, 16, &slots, 4090).is_err());
+    let mut bytes = [0; 16];
+    place.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]);
+    assert_eq!(place.read(1, &mut bytes), Err(outside(1, 16)));
+}
+
+#[test]
 fn the_last_address_is_usable_and_beyond_it_overflows() {
     let top = u64::MAX - 0xfff;
     let table = table(&[(top, 0x1000), (top - 0x1000, 0x1000)]);
