@@ -1,6 +1,6 @@
 //! Frames of the TAP to receive chains.
 
-use super::{ALL_PIECES, BURST, BURST_BYTES, EAGAIN, EFAULT, MAX_HEADER, PumpCounters, Step, behind, device_memory_lost};
+use super::{ALL_PIECES, BURST, BURST_BYTES, EAGAIN, EFAULT, MAX_HEADER, PumpCounters, Step, behind, device_memory_lost, gone};
 use crate::device::unmapped;
 use crate::error::BurstError;
 use crate::header::{Header, Reason};
@@ -147,6 +147,7 @@ impl DeviceReceive {
             answer = memory.readv_around(tap, &mut head[..header], [], &mut self.staging, &mut self.vecs);
         }
         let read = match answer {
+            Ok(0) => return Err(gone()),
             Ok(read) => read,
             Err(MemoryError::Os { errno: EAGAIN, .. }) => return Ok(Read::Nothing),
             Err(error) => return Err(error.into()),

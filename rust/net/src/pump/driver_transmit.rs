@@ -1,6 +1,6 @@
 //! Frames of the TAP to the transmit queue.
 
-use super::{ALL_PIECES, BURST, BURST_BYTES, EAGAIN, EFAULT, MAX_HEADER, PumpCounters, Step, driver_memory_lost};
+use super::{ALL_PIECES, BURST, BURST_BYTES, EAGAIN, EFAULT, MAX_HEADER, PumpCounters, Step, driver_memory_lost, gone};
 use crate::driver::{DriverBursts, LAST, LINKED, Link};
 use crate::driver_port::token;
 use crate::error::BurstError;
@@ -121,6 +121,7 @@ impl DriverTransmit {
         let (mut head, mut tail) = ([0; MAX_HEADER], [0; 1]);
         let pieces = slots.iter().map(|slot| (place(*slot), payload as u32));
         let read = match table.readv_around(tap, &mut head[..header], pieces, &mut tail, &mut self.vecs) {
+            Ok(0) => return Err(gone()),
             Ok(read) => read,
             Err(MemoryError::Os { errno: EAGAIN, .. }) => return Ok(None),
             Err(MemoryError::Os { errno: EFAULT, .. }) => return Err(driver_memory_lost(queue, place(slots[0]), payload as u64)),

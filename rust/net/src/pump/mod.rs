@@ -34,6 +34,8 @@ const EAGAIN: i32 = 11;
 const ENOMEM: i32 = 12;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
+/// The TAP answers this when its device is gone.
+const EBADFD: i32 = 77;
 const ENOBUFS: i32 = 105;
 
 /// What a step did.
@@ -89,6 +91,11 @@ fn device_memory_lost<R: DeviceRing>(queue: &mut DeviceQueue<R>, first: Option<&
     let error = RingError::MemoryLost { address, len };
     queue.break_with(error.clone());
     error.into()
+}
+
+/// The TAP has come to its end without saying so.
+fn gone() -> BurstError {
+    BurstError::Memory(MemoryError::Os { operation: "poll", errno: EBADFD })
 }
 
 /// A list of segments without its first bytes.

@@ -1,15 +1,12 @@
 //! The loop that runs pumps: any group of them, on the thread that calls it, asleep when none has anything to do.
 
-use super::Step;
+use super::{Step, gone};
 use crate::error::BurstError;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::Duration;
 use virtio_memory::{EventFd, MAX_WAITED, MemoryError, wait_ready};
-
-/// The TAP answers this when its device is gone.
-const EBADFD: i32 = 77;
 
 /// The most pumps of one runner: each has a TAP and an event to wait for, and all have one that wakes the runner.
 pub const MAX_STATIONS: usize = (MAX_WAITED - 1) / 2;
@@ -155,12 +152,7 @@ fn rest<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), M
 /// Sleeps until somebody signals, or a TAP that is wanted has a frame.
 fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), MemoryError> {
     places.iter_mut().for_each(|place| place.station.sleeps());
-    let mut soon = None;
-    for place in places.iter() {
-        if place.last.soon {
-            soon = Some(SOON);
-        }
-    }
+    let soon = places.iter().any(|place| place.last.soon).then_some(SOON);
     let all = places.iter().flat_map(|place| {
         let Place { station, last, armed } = place;
         [(station.tap(), !last.starved), (station.event().as_fd(), *armed)]
@@ -178,7 +170,7 @@ fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), 
         }
         if (ready.failed & (tap | event)) != 0 {
             place.disarm();
-            return Err(BurstError::Memory(MemoryError::Os { operation: "poll", errno: EBADFD }).into());
+            return Err(gone().into());
         }
         Ok(())
     });
