@@ -652,8 +652,8 @@ class DevicePort:
 class Pump:
     """Frames between one queue of a network device (5.1.6) and a TAP, in a loop without the GIL, and without a copy of ours.
 
-    The TAP has IFF_VNET_HDR and a header of the queue's size (`net_header_size`); any descriptor that reads and writes whole frames will do.
-    It is duplicated, made non-blocking for all who share it, and closed with the pump. A pump does nothing until a `PumpRunner` runs it. Its
+    The TAP has IFF_VNET_HDR and a header of the queue's size (`net_header_size`); any descriptor that reads and writes whole frames will
+    do. It is duplicated, made non-blocking for all who share it, and closed with the pump. It does nothing until a `PumpRunner` runs it. Its
     queue may be looked at, and reset, by anybody meanwhile; chains with tokens do not go together with a driver's pump.
 
     A header is copied, judged and only then passed on. A TAP is told to complete checksums that the other end does not take: frames for
@@ -673,8 +673,8 @@ class Pump:
     def driver_receive(queue: DriverQueue, pool: BufferPool, tap: int, *, features: SupportsIndex, interrupt: EventFd) -> Pump:
         """From a driver's receive queue to the TAP; the buffers are given to the device again.
 
-        A queue without buffers is given some, of half of the pool's slots at most: of one slot each with MRG_RXBUF, else long enough for any
-        frame. `interrupt`: what the device signals for this queue. ValueError: such a buffer takes too many slots.
+        A queue without buffers is given some, of half of the pool's slots at most: of one slot each with MRG_RXBUF, else long enough for
+        any frame. `interrupt`: what the device signals for this queue. ValueError: such a buffer takes too many slots.
         """
     @staticmethod
     def device_transmit(queue: DeviceQueue, tap: int, *, features: SupportsIndex, doorbell: EventFd) -> Pump:
@@ -688,7 +688,7 @@ class Pump:
         """
     @property
     def statistics(self) -> dict[str, Any]:
-        """`frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and `sleeps`: how often its runner slept."""
+        """`frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and its runner's `sleeps`."""
     @property
     def error(self) -> BaseException | None:
         """What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone."""

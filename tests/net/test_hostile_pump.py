@@ -30,6 +30,12 @@ def place(lane: Lane, data: bytes) -> tuple[int, int]:
     return BASE + offset, len(data)
 
 
+def take(lane: Lane, used: list[Any]) -> list[Any]:
+    """Adds the chains that were used since."""
+    used += lane.driver.pop_used()
+    return used
+
+
 def test_device_13_a_header_over_several_descriptors(ring_format: str) -> None:
     lane = Lane(ring_format, "transmit")
     whole = HEADER + FRAME
@@ -40,7 +46,7 @@ def test_device_13_a_header_over_several_descriptors(ring_format: str) -> None:
         lane.driver.publish()
         assert lane.sink.receive() == FRAME
         used: list[Any] = []
-        until(lambda: bool(used.extend(lane.driver.pop_used()) or len(used) == 3))
+        until(lambda: len(take(lane, used)) == 3)
         assert lane.far_pump.statistics["drops"] == {"short": 2} and used == [("short", 0), ("shorter", 0), ("whole", 0)]
 
 
@@ -66,14 +72,14 @@ def test_device_16_merged_buffers_are_full_and_counted(ring_format: str) -> None
     with running(lane.far_pump):
         lane.source.send(FRAME[:60])
         used: list[Any] = []
-        until(lambda: bool(used.extend(lane.driver.pop_used()) or len(used) == 3))
+        until(lambda: len(take(lane, used)) == 3)
         assert used == [(rooms[0], 40), (rooms[1], 12), (rooms[2], 20)]
         assert b"".join(lane.guest.read(at, length) for (at, _), length in used) == header(buffers=3) + FRAME[:60]
         # For what follows there is too little, for ever.
         lane.source.send(FRAME)
         until(lambda: lane.far_pump.statistics["drops"] == {"long": 1})
         lane.source.send(FRAME[:52])
-        until(lambda: bool(used.extend(lane.driver.pop_used()) or len(used) == 4))
+        until(lambda: len(take(lane, used)) == 4)
         assert used[3] == (rooms[3], 64) and lane.guest.read(rooms[3][0], 64) == header(buffers=1) + FRAME[:52]
 
 
@@ -132,7 +138,7 @@ def test_device_24_memory_that_goes_away_ends_the_pump(ring_format: str, way: st
     driver = lane.driver
     buffer = (BASE, 4096)
     with pytest.raises(SpecViolation), running(pump) as runner:
-        driver.add("frame", **({"readable": [buffer]} if way == "transmit" else {"writable": [buffer]}))
+        driver.add("frame", readable=[buffer] if way == "transmit" else (), writable=[buffer] if way == "receive" else ())
         descriptor = driver.areas[0]
         lane.guest.store(descriptor, 8, BASE >> 1)
         driver.publish()

@@ -4,6 +4,7 @@ use crate::{counting, foreign, memory, unsealed};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_memory::{DirtyBitmap, IoVecs, MemoryError, Region, RegionTable};
 
 /// Two regions that touch, one that stands apart.
