@@ -653,8 +653,8 @@ class Pump:
     """Frames between one queue of a network device (5.1.6) and a TAP, in a loop without the GIL, and without a copy of ours.
 
     The TAP has IFF_VNET_HDR and a header of the queue's size (`net_header_size`); any descriptor that reads and writes whole frames will
-    do. It is duplicated, made non-blocking for all who share it, and closed with the pump. It does nothing until a `PumpRunner` runs it. Its
-    queue may be looked at, and reset, by anybody meanwhile; chains with tokens do not go together with a driver's pump.
+    do. It is duplicated, made non-blocking for all who share it, and closed with the pump. It does nothing until a `PumpRunner` runs it.
+    Its queue may be looked at, and reset, by anybody meanwhile; chains with tokens do not go together with a driver's pump.
 
     A header is copied, judged and only then passed on. A TAP is told to complete checksums that the other end does not take: frames for
     which it would have to be done here are dropped. Making one raises ValueError for features without VERSION_1, StatusError for what is

@@ -56,6 +56,7 @@ struct Statistics {
     sleeps: u64,
 }
 
+/// Frames between one queue of a network device (5.1.6) and a TAP, in a loop without the GIL, and without a copy of ours.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct Pump {
     queue: Queue,
@@ -157,6 +158,7 @@ fn slots_error(error: MemoryError, what: &str, bytes: usize) -> Error {
 
 #[pymethods]
 impl Pump {
+    /// From the TAP to a driver's transmit queue.
     #[staticmethod]
     #[pyo3(signature = (queue, pool, tap, *, features, interrupt))]
     fn driver_transmit(
@@ -182,6 +184,7 @@ impl Pump {
         Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
     }
 
+    /// From a driver's receive queue to the TAP; the buffers are given to the device again.
     #[staticmethod]
     #[pyo3(signature = (queue, pool, tap, *, features, interrupt))]
     fn driver_receive(
@@ -203,6 +206,7 @@ impl Pump {
         Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
     }
 
+    /// From a driver's transmitted chains to the TAP.
     #[staticmethod]
     #[pyo3(signature = (queue, tap, *, features, doorbell))]
     fn device_transmit(
@@ -218,6 +222,7 @@ impl Pump {
         Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
     }
 
+    /// From the TAP to the receive buffers of a driver.
     #[staticmethod]
     #[pyo3(signature = (queue, tap, *, features, doorbell, longest))]
     fn device_receive(
@@ -235,6 +240,7 @@ impl Pump {
         Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
     }
 
+    /// `frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and its runner's `sleeps`.
     #[getter]
     fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let Statistics { pump, steps, sleeps } = *lock(py, &self.statistics);
@@ -248,16 +254,19 @@ impl Pump {
         Ok(all)
     }
 
+    /// What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone.
     #[getter]
     fn error(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         lock(py, &self.error).as_ref().map(|error| error.clone_ref(py))
     }
 
+    /// Whether a runner has it, and it has not stopped with an error.
     #[getter]
     fn running(&self) -> bool {
         self.running.load(Relaxed)
     }
 
+    /// Closes the TAP's duplicate.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         let mut place = lock(py, &self.place);
         let old = match &*place {
@@ -388,6 +397,7 @@ struct Shared {
     process: BoundToProcess,
 }
 
+/// Runs pumps, on the one thread that calls `run`.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct PumpRunner {
     pumps: Vec<Py<Pump>>,
@@ -436,6 +446,7 @@ impl PumpRunner {
         Ok(PumpRunner { pumps, shared, failed: Py::new(py, EventFd::shared(failed))? })
     }
 
+    /// Moves frames, without the GIL, until `stop` or until every pump has stopped with an error; then raises the first error, if any.
     fn run(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.process.check()?;
         let mut stations = self.start(py)?;
@@ -448,12 +459,14 @@ impl PumpRunner {
         }
     }
 
+    /// Ends `run`, or the next one at once; from any thread.
     fn stop(&self) -> Result<(), Error> {
         self.shared.process.check()?;
         self.shared.wake.stop();
         Ok(())
     }
 
+    /// Signalled whenever a pump stops with an error, which its `error` then tells.
     #[getter]
     fn failed(&self, py: Python<'_>) -> Py<EventFd> {
         self.failed.clone_ref(py)
