@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.pair import PAYLOAD, SLOT_SIZE, fill, packets_of
-from virtio import BufferPool, Memory, StatusError
+from virtio import BufferPool, DriverQueue, Memory, StatusError
 
 
 @pytest.fixture
@@ -132,6 +132,23 @@ def test_a_closed_pool_is_gone_when_its_last_user_is() -> None:
     offset = use_and_close(memory)
     gc.collect()
     assert memory.allocate(16 * SLOT_SIZE, 64) == offset
+    memory.close()
+
+
+def test_a_closed_pool_that_nobody_uses_is_gone_though_its_object_is_kept() -> None:
+    memory = Memory(1 << 16)
+    pool = BufferPool(memory, 16, slot_size=SLOT_SIZE)
+    burst, queue = pool.burst(4), DriverQueue(memory, 8)
+    pool.take(burst)
+    assert queue.add_burst(burst) == 4
+    del burst
+    pool.close()
+    place = memory.allocate(16 * SLOT_SIZE, 64)
+    assert place != pool.offset, "a queue has slots of it"
+    memory.free(place)
+    queue.close()
+    pool.close()
+    assert memory.allocate(16 * SLOT_SIZE, 64) == pool.offset
     memory.close()
 
 

@@ -17,7 +17,7 @@ use virtio_memory::HEADROOM;
 pub struct Shared {
     pub pool: Arc<virtio_memory::BufferPool>,
     closed: AtomicBool,
-    _place: Allocation,
+    place: Mutex<Option<Allocation>>,
 }
 
 impl Shared {
@@ -69,7 +69,7 @@ impl BufferPool {
         let taken = memory.get().take(py, "buffer pool", slots as usize * slot_size, 64);
         let (mapping, place) = taken.map_err(|error| error.of(&format!("{slots} slots of {slot_size} bytes")))?;
         let pool = Arc::new(virtio_memory::BufferPool::new(mapping, place.offset, slots, slot_size)?);
-        let shared = Arc::new(Shared { pool, closed: AtomicBool::new(false), _place: place });
+        let shared = Arc::new(Shared { pool, closed: AtomicBool::new(false), place: Mutex::new(Some(place)) });
         Ok(BufferPool { shared, memory: memory.unbind(), frames: Mutex::new(None) })
     }
 
@@ -159,6 +159,11 @@ impl BufferPool {
         self.shared.closed.store(true, Relaxed);
         let frames = lock(py, &self.frames).take();
         drop(frames);
+        // Bursts and views have `shared`, bursts and queues `pool`: with neither, only this object is left, which needs no place any more.
+        if Arc::strong_count(&self.shared) == 1 && Arc::strong_count(&self.shared.pool) == 1 {
+            let place = lock(py, &self.shared.place).take();
+            drop(place);
+        }
         Ok(())
     }
 
