@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from virtio._core import BufferPool, Burst, DevicePort, DriverPort
+from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, DriverPort, DriverQueue
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,5 +138,10 @@ def counted(port: DriverPort | DevicePort | None) -> dict[str, Any]:
     """A port's counters, with its queues' notifications."""
     if port is None:
         return {}
-    queues = [queue.counters for queue in (port.receiveq, port.transmitq)]
-    return {**port.counters, **{name: sum(queue[name] for queue in queues) for name in ("notified", "suppressed")}}
+    return {**port.counters, **add_statistics(notifications(port.receiveq), notifications(port.transmitq))}
+
+
+def notifications(queue: DriverQueue | DeviceQueue) -> dict[str, Any]:
+    """A queue's counts of notifications, under their names in a port's counters."""
+    counters = queue.counters
+    return {name: counters[name] for name in ("notified", "suppressed")}

@@ -39,9 +39,9 @@ from virtio.devices.net_header import (
     header_dtype,
 )
 from virtio.driver import MEMORY_SIZE, RESET_TIMEOUT, RING_FEATURES, Driver, DriverState
-from virtio.errors import StatusError
+from virtio.errors import SpecViolation, StatusError
 from virtio.features import Features
-from virtio.port import AsyncBursts, add_statistics, counted
+from virtio.port import AsyncBursts, add_statistics, counted, notifications
 from virtio.spec import Feature
 from virtio.status import locked
 from virtio.transport import Transport
@@ -139,32 +139,60 @@ class NetDriver(AsyncBursts, Driver):
                 wanted = wanted - GUEST_OFFLOADS
         self.negotiate(required=required, wanted=wanted)
         self._header_size = net_header_size(self._features)
-        self.mac: bytes = self._field("mac") if NetFeature.MAC in self._features else net_header.random_mac()
+        self.mac: bytes = net_header.check_mac(self._field("mac")) if NetFeature.MAC in self._features else net_header.random_mac()
         """The address that the device names, or a random one if it names none."""
         self.mtu: int = net_header.check_mtu(self._number("mtu")) if NetFeature.MTU in self._features else DEFAULT_MTU
         speed = self._number("speed") if NetFeature.SPEED_DUPLEX in self._features else UNKNOWN_SPEED
         self.speed: int | None = speed if speed < 1 << 31 else None
         """Mbit/s, or None if the device does not say."""
-        self.receiveq: DriverQueue = self._queue(RECEIVEQ1)
-        self.transmitq: DriverQueue = self._queue(TRANSMITQ1)
-        size = net_header.receive_buffer_size(self._features, self.mtu)
-        each = ceil(size / (self.pool.slot_size - self.pool.HEADROOM + self._header_size))
-        buffers = max(1, self.pool.slots // 4 // each)
-        self._port = DriverPort(
-            self.receiveq, self.transmitq, self.pool, features=self._features, buffer_size=size, buffers=min(buffers, self.receiveq.size)
-        )
-        self.transmitq.disarm()
-        self._port.refill()
+        self.receiveq: DriverQueue = self.setup_queue(RECEIVEQ1)
+        self.transmitq: DriverQueue = self.setup_queue(TRANSMITQ1)
+        self._port = self._make_port()
         self.driver_ok()
         self._link = self._read_link()
 
-    def _queue(self, index: int) -> DriverQueue:
-        most = max(1, min(self._queue_size, self.transport.queue_max(index)))
-        limit = min(self._rows, 1 << most.bit_length() - 1) if Feature.INDIRECT_DESC in self._features else 0
-        return self.setup_queue(index, size=self._queue_size, indirect_limit=limit)
+    @locked
+    def setup_queue(self, index: int, *, size: int | None = None, indirect_limit: int | None = None) -> DriverQueue:
+        """As `Driver.setup_queue`, with the constructor's sizes unless told otherwise: for a queue that `reset_queue` was called for.
+
+        Traffic then goes on, its counts too. With both queues reset, it does once both are set up.
+        """
+        if size is None:
+            size = self._queue_size
+        if indirect_limit is None:
+            most = max(1, min(size, self.transport.queue_max(index)))
+            indirect_limit = min(self._rows, 1 << most.bit_length() - 1) if Feature.INDIRECT_DESC in self._features else 0
+        queue = super().setup_queue(index, size=size, indirect_limit=indirect_limit)
+        if (old := self._port) is not None:
+            if index == RECEIVEQ1:
+                self.receiveq = queue
+            elif index == TRANSMITQ1:
+                self.transmitq = queue
+            pair = self.receiveq, self.transmitq
+            if not self._queues_reset.intersection((RECEIVEQ1, TRANSMITQ1)):
+                self._port = self._make_port()
+                self._totals = add_statistics(self._totals, old.counters)
+                for gone in {old.receiveq, old.transmitq}.difference(pair):
+                    self._totals = add_statistics(self._totals, notifications(gone))
+        return queue
+
+    def _make_port(self) -> DriverPort:
+        """A port over both queues, with receive buffers in them."""
+        size = net_header.receive_buffer_size(self._features, self.mtu)
+        each = ceil(size / (self.pool.slot_size - self.pool.HEADROOM + self._header_size))
+        buffers = max(1, self.pool.slots // 4 // each)
+        port = DriverPort(
+            self.receiveq, self.transmitq, self.pool, features=self._features, buffer_size=size, buffers=min(buffers, self.receiveq.size)
+        )
+        self.transmitq.disarm()
+        port.refill()
+        return port
 
     def _field(self, name: str) -> bytes:
-        return self.read_config(*net_header.FIELDS[name])
+        try:
+            return self.read_config(*net_header.FIELDS[name])
+        except ValueError as error:
+            raise SpecViolation(f"the device's configuration has no room for {name}, which it offers: {error}", "5.1.4") from None
 
     def _number(self, name: str) -> int:
         return int.from_bytes(self._field(name), "little")
@@ -232,16 +260,27 @@ class NetDriver(AsyncBursts, Driver):
 
     def arm(self, queues: Iterable[DriverQueue] | None = None, *, room: bool = False) -> bool:
         """As `Driver.arm`, of the receive queue if not told, with `room` of both."""
+        self._remind(room)
         return super().arm(self._meant(queues, room))
 
     def wait(self, timeout: float | None = None, *, queues: Iterable[DriverQueue] | None = None, room: bool = False) -> bool:
         """As `Driver.wait`, for the receive queue if not told, with `room` for both. Looks at the link if the configuration changed."""
+        self._remind(room)
         found = super().wait(timeout, queues=self._meant(queues, room))
         config = self.transport.config_interrupt
         if config.wait(0):  # it found frames before it looked
             config.drain()
             self.check()
         return found
+
+    def _remind(self, room: bool) -> None:
+        """Rings once more for whoever waits for room in a packed queue with EVENT_IDX.
+
+        QEMU, when its back-end took no more for a while, asks to be notified of chains that it has seen already, and never of later ones.
+        """
+        suppressed = room and self._features >= {Feature.RING_PACKED, Feature.EVENT_IDX}
+        if suppressed and self.transmitq.outstanding and (transmit := self._enabled.get(TRANSMITQ1)) is not None:
+            transmit.doorbell.signal()
 
     def _meant(self, queues: Iterable[DriverQueue] | None, room: bool) -> Iterable[DriverQueue]:
         if queues is not None:
@@ -254,6 +293,8 @@ class NetDriver(AsyncBursts, Driver):
         if self._state is DriverState.DRIVER_OK and (up := self._read_link()) != self._link:
             self._link = up
             self._link_events.append(up)
+            if up and (transmit := self._enabled.get(TRANSMITQ1)) is not None:
+                transmit.doorbell.signal()  # QEMU never asks for it in a packed queue that was enabled while the link was down
             if self.on_link is not None:
                 self.on_link(up)
 

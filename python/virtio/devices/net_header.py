@@ -182,6 +182,13 @@ def random_mac() -> bytes:
     return bytes([first & 0xFC | 2, *rest])
 
 
+def check_mac(mac: bytes) -> bytes:
+    """`mac` as a device names it. SpecViolation: a group's address, which is no device's (5.1.4)."""
+    if mac[0] & 1:
+        raise SpecViolation(f"the device's address {mac.hex(':')} is a group's", "5.1.4")
+    return mac
+
+
 def check_mtu(mtu: int) -> int:
     """`mtu` as a device offers it. SpecViolation: outside 68..65535 (5.1.4.1)."""
     if not MIN_MTU <= mtu <= MAX_MTU:
