@@ -35,7 +35,8 @@ def test_every_ring_feature(machines: Machines, ring_format: str, indirect: bool
         both_ways(net, machine.wire("n0"))
         machine.wire("n0").send(frame(1, 1414))
         burst = net.pool.burst(8)
-        assert net.wait(PATIENCE) and net.receive(burst) == 1
+        while not net.receive(burst):
+            assert net.wait(PATIENCE)
         assert b"".join(burst.tobytes(row) for row in range(burst.count)) == frame(1, 1414)
         assert burst.count == 6 and net.send(burst) == 1
         assert machine.wire("n0").recv(4096) == frame(1, 1414)
@@ -64,10 +65,10 @@ def test_in_order(machines: Machines, binary: str, ring_format: str, mergeable: 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512, 1024])
 def test_rings_of_every_size(machines: Machines, ring_format: str, size: int) -> None:
-    # A transmit ring above 256 is refused by some netdevs; the option is there in both releases.
-    machine = machines(f"{CARD},rx_queue_size={max(size, 256)},tx_queue_size={max(size, 256)}", wires=["n0"])
+    """A transmit ring has at most 256 entries where the far end is not vhost-user's."""
+    machine = machines(f"{CARD},rx_queue_size={max(size, 256)},tx_queue_size=256", wires=["n0"])
     with driven(machine, wanted=wanted(ring_format), queue_size=size, slots=8 * size) as net:
-        assert net.receiveq.size == size and net.transmitq.size in (size, 256)
+        assert (net.receiveq.size, net.transmitq.size) == (size, min(size, 256))
         both_ways(net, machine.wire("n0"), rounds=max(4, size // 8))
 
 
