@@ -545,3 +545,18 @@ def test_a_handler_that_leaves_a_buffer_is_woken_by_the_next(pair: Pair) -> None
         assert doorbell.wait(timeout=0), "the next buffer rings"
         pair.device.poll()
         assert pair.answers(queue) == [b"eno", b"owt"]
+
+
+def test_a_device_that_was_reset_behind_the_drivers_back_is_noticed(pair: Pair, ring_features: Features) -> None:
+    pair.queues[1].add("kept", writable=[(pair.driver.address, 16)])
+    pair.device.reset()
+    with pytest.raises(DeviceNeedsReset, match="lost DRIVER_OK"):
+        pair.driver.wait(timeout=0.01)
+    with pytest.raises(StatusError, match="in state needs reset"):
+        pair.driver.wait(timeout=0)
+    assert pair.driver.reset()[1] == ["kept"]
+    pair.driver.negotiate(wanted=ring_features)
+    queue = pair.driver.setup_queue(0, size=8)
+    pair.driver.driver_ok()
+    pair.ask(queue, b"fine")
+    assert pair.driver.wait(timeout=1.0) and pair.answers(queue) == [b"enif"]

@@ -309,9 +309,12 @@ class Driver:
 
     @locked
     def check(self) -> None:
-        """Reads the status. DeviceNeedsReset: the device says so (2.1). TransportError: it is gone."""
+        """Reads the status. DeviceNeedsReset: the device says so (2.1), or was reset behind our back. TransportError: it is gone."""
         target = DRIVER_TABLE.target(self._state, DriverStep.NEEDS_RESET)
         status = self._read_status()
+        if self._state is DriverState.DRIVER_OK and Status.DRIVER_OK not in status:
+            self._state = target
+            raise DeviceNeedsReset(f"the device has lost DRIVER_OK (status {int(status):#x}): it was reset, and not by its driver (2.1)")
         if Status.NEEDS_RESET in status:
             self._state = target
             raise DeviceNeedsReset(f"the device set NEEDS_RESET (status {int(status):#x}): reset it before anything else (2.1)")

@@ -67,6 +67,12 @@ impl Open {
         Ok(wanted)
     }
 
+    /// Before sleeping on a full transmit queue: QEMU has been seen to forget to ask for the chains that it left there (packed, EVENT_IDX),
+    /// and a notification too many does no harm (driver-10).
+    pub fn ring_again(&self, ring: &Ring) -> Result<(), Error> {
+        Ok(self.doorbell.ring(self.notification(ring))?)
+    }
+
     fn notification(&self, ring: &Ring) -> u32 {
         if ring.notification_data { self.queue.notification_data(ring.index) } else { ring.index.into() }
     }

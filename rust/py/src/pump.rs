@@ -301,6 +301,8 @@ struct Running<'a> {
     pump: &'a Pump,
     work: Box<Work>,
     runner: &'a Shared,
+    /// The last step waited for buffers of the queue.
+    starved: bool,
 }
 
 impl Station for Running<'_> {
@@ -342,12 +344,23 @@ impl Station for Running<'_> {
             Kind::DeviceTransmit(pump) => pump.counters,
             Kind::DeviceReceive(pump) => pump.counters,
         };
+        self.starved = matches!(stepped, Ok(Step { starved: true, .. }));
         stepped
     }
 
     fn arm(&mut self) -> Result<bool, Error> {
         match &self.pump.queue {
-            Queue::Driver(queue) => queue.get().with_pump(|open| Ok(open.queue.arm() || open.bursts.ready() > 0)),
+            Queue::Driver(queue) => {
+                let queue = queue.get();
+                let transmits = matches!(self.work.kind, Kind::DriverTransmit(_));
+                queue.with_pump(|open| {
+                    let ready = open.queue.arm() || open.bursts.ready() > 0;
+                    if self.starved && transmits && !ready && open.queue.outstanding() > 0 {
+                        open.ring_again(&queue.ring)?;
+                    }
+                    Ok(ready)
+                })
+            }
             Queue::Device(shared) => shared.with_pump(|open| Ok(open.queue.arm())),
         }
     }
@@ -419,7 +432,7 @@ impl PumpRunner {
                 }
             });
             match started {
-                Ok(work) => taken.push(Running { pump, work, runner: &self.shared }),
+                Ok(work) => taken.push(Running { pump, work, runner: &self.shared, starved: false }),
                 Err(error) => {
                     taken.into_iter().for_each(|running| running.pump.end(py, running.work));
                     return Err(error);
