@@ -59,6 +59,7 @@ class Peer:
         assert self.send(F.SET_VRING_ADDR, RING)[-1] == fx.SetVringAddr(0, (GUEST, GUEST + 0x2000, GUEST + 0x3000), None)
         self.send(F.SET_VRING_KICK, wire.U64(0), (6,))
         self.session.kicked(0)
+        self.send(F.SET_VRING_ENABLE, wire.VringState(0, 1))
         return self
 
 
@@ -92,6 +93,27 @@ def test_device_23_the_number_of_regions_is_bounded() -> None:
     assert "region 33" in peer.refused(F.ADD_MEM_REG, wire.SingleRegion(99 << 20, 4096, 99 << 20, 0), (50,))
 
 
+def test_device_23_a_vring_has_a_size_that_its_format_allows() -> None:
+    peer = Peer()
+    peer.send(F.SET_FEATURES, wire.U64(ACCEPTED))
+    for size in (0, 100, 65536, 65536 + 256):
+        assert f"{size} entries" in peer.refused(F.SET_VRING_NUM, wire.VringState(0, size))
+    peer.send(F.SET_FEATURES, wire.U64(ACCEPTED | 1 << Feature.RING_PACKED))
+    assert peer.send(F.SET_VRING_NUM, wire.VringState(0, 100)) == (fx.SetVringNum(0, 100),)
+
+
+def test_device_23_logs_and_in_flight_areas_lie_in_their_files() -> None:
+    peer = Peer()
+    assert "file" in peer.refused(F.SET_INFLIGHT_FD, wire.Inflight(FILE, 1, 1, 256), (5,))
+    assert "no descriptor" in peer.refused(F.SET_INFLIGHT_FD, wire.Inflight(4096, 0, 1, 256))
+    assert peer.send(F.SET_INFLIGHT_FD, wire.Inflight(4096, 0, 1, 256), (5,)) == (fx.SetInflight(wire.Inflight(4096, 0, 1, 256), 5),)
+    peer.send(F.SET_MEM_TABLE, wire.Regions([MEMORY]), (5,))
+    enough = wire.Log((GUEST + MEMORY.size) // wire.LOG_PAGE // 8, 0)
+    assert peer.send(F.SET_LOG_BASE, enough, (6,)) == (fx.SetLogBase(enough, 6),)
+    assert "does not reach" in peer.refused(F.SET_LOG_BASE, wire.Log(16, 0), (7,))
+    assert peer.session.closed is not None
+
+
 @pytest.mark.parametrize("request_", [F.SET_VRING_KICK, F.SET_VRING_CALL, F.SET_VRING_ERR])
 def test_device_23_a_vring_index_is_bounded(request_: F) -> None:
     peer = Peer()
@@ -117,8 +139,10 @@ def test_device_23_without_bit_30_rings_start_enabled() -> None:
 
 
 def test_device_23_a_kick_may_come_before_enable() -> None:
-    peer = Peer().running()
+    peer = Peer()
     ring = peer.session.rings[0]
+    peer.send(F.SET_VRING_KICK, wire.U64(0), (6,))
+    peer.session.kicked(0)
     assert ring.started and not ring.enabled
     assert peer.send(F.SET_VRING_ENABLE, wire.VringState(0, 1)) == (fx.SetVringEnable(0, True),)
     assert ring.started and ring.enabled
@@ -166,6 +190,15 @@ def test_device_04_only_log_all_changes_while_a_ring_runs() -> None:
     assert "while a ring runs" in peer.refused(F.SET_FEATURES, wire.U64(log | 1 << Feature.RING_PACKED))
 
 
+def test_a_running_ring_is_frozen_until_it_is_stopped_or_disabled() -> None:
+    peer = Peer().running()
+    for request in (F.SET_VRING_NUM, F.SET_VRING_BASE):
+        assert "vring 0 is running" in peer.refused(request, wire.VringState(0, 64))
+    peer.send(F.SET_VRING_ENABLE, wire.VringState(0, 0))
+    assert peer.send(F.SET_VRING_NUM, wire.VringState(0, 64))[0] == fx.SetVringNum(0, 64)
+    assert not peer.session.rings[0].started
+
+
 def test_the_message_that_negotiates_reply_ack_is_acknowledged_if_it_asks() -> None:
     peer = Peer(protocol=None)
     peer.send(F.SET_PROTOCOL_FEATURES, wire.U64(1 << ProtocolFeature.REPLY_ACK))
@@ -179,6 +212,10 @@ def test_a_failed_map_is_acknowledged_as_such_and_forgotten() -> None:
     peer.send(F.SET_MEM_TABLE, wire.Regions([MEMORY]), (5,))
     sent = peer.step.failed()
     assert sent is not None and sent.data[-8:] == (1).to_bytes(8, "little") and peer.session.regions == ()
+    peer = Peer().running()
+    peer.send(F.SET_MEM_TABLE, wire.Regions([Region(0, 1 << 20, USER, 0)]), (9,))
+    peer.step.failed()
+    assert peer.session.regions == (MEMORY,) and peer.session.rings[0].areas == (GUEST, GUEST + 0x2000, GUEST + 0x3000)
 
 
 def test_replies_of_their_own_are_not_acknowledged_too() -> None:

@@ -48,6 +48,11 @@ class Ring:
     started: bool = False
     enabled: bool = False
 
+    @property
+    def running(self) -> bool:
+        """Whether it is frozen. One that is disabled is not: Linux's own front-end never stops a ring, it disables it and begins anew."""
+        return self.started and self.enabled
+
 
 class Send(NamedTuple):
     """Bytes, and the descriptors that go with the first of them."""
@@ -202,6 +207,7 @@ class BackendSession:
 
     def _undo(self, before: tuple[Region, ...]) -> None:
         self.regions = before
+        self._placed()  # none of the effects were carried out: the rings lie where they lay
 
     def _failure(self, message: Message, rule: wire.Rule) -> Send | None:
         if rule.reply is wire.Config:
@@ -289,7 +295,7 @@ class BackendSession:
         own = {wire.PROTOCOL_FEATURES_BIT, wire.LOG_ALL_BIT}
         accepted = Features.from_mask(payload.value)
         check_accepted(accepted, self.offered, self._rules, assumed=self._assumed)
-        if self.accepted is not None and any(ring.started for ring in self.rings):
+        if self.accepted is not None and any(ring.running for ring in self.rings):
             changed = (accepted ^ self.accepted) - [wire.LOG_ALL_BIT]
             if changed:
                 raise MalformedMessage(f"features {changed} changed while a ring runs; only LOG_ALL may", request.name)
@@ -364,15 +370,15 @@ class BackendSession:
                 raise MalformedMessage(f"vring {index} enabled with {num}", request.name)
             ring.enabled = bool(num)
             return (fx.SetVringEnable(index, ring.enabled),)
-        if ring.started:
+        if ring.running:
             raise MalformedMessage(f"vring {index} is running", request.name)
         if request == _F.SET_VRING_BASE:
-            ring.base = num
+            ring.base, ring.started = num, False
             return (fx.SetVringBase(index, num),)
         packed = self.accepted is not None and Feature.RING_PACKED in self.accepted
-        if not 0 < num <= self._max_size or (not packed and num & num - 1):
+        if not 0 < num <= self._max_size or (self.accepted is not None and not packed and num & num - 1):
             raise MalformedMessage(f"vring {index} of {num} entries, at most {self._max_size}, split ones a power of two", request.name)
-        ring.size = num
+        ring.size, ring.started = num, False
         return (fx.SetVringNum(index, num), *self._placed())
 
     def _descriptor(self, request: FrontendRequest, payload: wire.Payload, descriptors: tuple[int, ...]) -> tuple[fx.Effect, ...]:
@@ -428,6 +434,9 @@ class BackendSession:
         limit = 0xFF if request == _F.SET_STATUS else 0xFFFF
         if payload.value > limit:
             raise MalformedMessage(f"{payload.value:#x} is above {limit:#x}", request.name)
+        if request == _F.SET_STATUS and not payload.value:  # a reset (2.4.1)
+            for ring in self.rings:
+                ring.started = False
         return (fx.SetStatus(payload.value) if request == _F.SET_STATUS else fx.SetMtu(payload.value),)
 
 
