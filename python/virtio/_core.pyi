@@ -154,8 +154,11 @@ class EventFd:
     def __new__(cls) -> Self:
         """A new one, not signalled."""
     @classmethod
-    def from_fd(cls, fd: int) -> EventFd:
-        """One that somebody passed: the descriptor is duplicated, and made non-blocking for all who share it."""
+    def from_fd(cls, fd: int, *, stream: bool = False) -> EventFd:
+        """One that somebody passed: the descriptor is duplicated, and made non-blocking for all who share it.
+
+        `stream`: a pipe or a socket is taken too; a signal is 8 bytes written into it.
+        """
     def fileno(self) -> int:
         """The descriptor: readable when signalled. StatusError: closed, here as in all that follows."""
     def signal(self) -> None:

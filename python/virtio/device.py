@@ -107,6 +107,8 @@ class _Served(NamedTuple):
     queue: DeviceQueue
     doorbell: EventFd
     handler: Callable[[DeviceQueue], None]
+    error: EventFd | None = None
+    """Signalled when the queue breaks (vhost-user)."""
 
 
 class Device:
@@ -129,6 +131,8 @@ class Device:
     """Most descriptors of a chain, those of its table included; None: as many as the queue has entries. At most 1024, or that."""
     features: ClassVar[Iterable[int]] = ()
     rules: ClassVar[tuple[Requires, ...]] = ()
+    discarded: ClassVar[frozenset[int]] = frozenset()
+    """Queues whose chains are discarded while the transport has them disabled (vhost-user); the others wait."""
     config: bytes = b""
 
     def __init__(self, *, offered: Iterable[int] | None = None) -> None:
@@ -157,6 +161,8 @@ class Device:
         self._queues_reset: set[int] = set()
         self._config_interrupt: EventFd | None = None
         self._config_generation = 0
+        self._queues_move = False
+        self._assumed = Features()
 
     # What a device type may override, beside its queues' handlers.
 
@@ -166,6 +172,11 @@ class Device:
 
     def was_reset(self) -> None:
         """The driver has reset the device (2.4): queues and chains of before are gone."""
+
+    @property
+    def served(self) -> bool:
+        """Whether `poll` is what serves the queues. False: somebody does by hand, and waits on the doorbells."""
+        return True
 
     # What a device type calls.
 
@@ -180,6 +191,9 @@ class Device:
     def need_reset(self) -> None:
         """Stops until the driver resets the device: sets NEEDS_RESET, and under DRIVER_OK notifies the driver (2.1.2)."""
         DEVICE_TABLE.target(self.state, DeviceStep.NEED_RESET)
+        for served in self._served.values():
+            if served.error is not None and served.queue.broken is not None:
+                served.error.signal()
         if Status.NEEDS_RESET not in self._status:
             self._status |= Status.NEEDS_RESET
             self._notify_config()
@@ -275,23 +289,67 @@ class Device:
         return None if served is None else served.doorbell
 
     @locked
-    def setup_queue(self, index: int, size: int, areas: tuple[int, int, int], *, doorbell: EventFd, interrupt: EventFd | None) -> None:
+    def begin(self, features: Features, *, assumed: Iterable[int] = ()) -> None:
+        """For a transport without the status field: a reset, then DRIVER_OK at once with `features`; until reset queues come and go.
+
+        `assumed`: features of which the driver's transport takes care itself, so that what depends on them may be accepted (vhost-user).
+        FeatureNegotiationError: these features cannot be; the device is reset.
+        """
+        self.reset()
+        self._assumed, self._queues_move = Features(assumed), True
+        self.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
+        self.accept(features)
+        self.write_status(self._status | Status.FEATURES_OK)
+        if (refused := self.refused) is not None:
+            self.reset()
+            raise refused
+        self.write_status(self._status | Status.DRIVER_OK)
+
+    @locked
+    def setup_queue(
+        self,
+        index: int,
+        size: int,
+        areas: tuple[int, int, int],
+        *,
+        doorbell: EventFd,
+        interrupt: EventFd | None,
+        base: int | None = None,
+        error: EventFd | None = None,
+    ) -> None:
         """Enables a queue; until reset its size and areas stay (3.1.1 step 7, 2.6.1).
 
-        `doorbell` is what the driver rings, `interrupt` what used-buffer notifications signal. StatusError: out of order, or the queue is
-        enabled. ValueError: no such queue, a size that it may not have, or areas unaligned or outside memory.
+        `doorbell` is what the driver rings, `interrupt` what used-buffer notifications signal, `base` where a ring resumes (as of
+        `DeviceQueue`), `error` what is signalled when the queue breaks. StatusError: out of order, or the queue is enabled. ValueError: no
+        such queue, a size that it may not have, or areas unaligned or outside memory. MalformedChain: the base does not fit the ring.
         """
-        step = DeviceStep.REENABLE_QUEUE if index in self._queues_reset else DeviceStep.SETUP_QUEUE
+        moves = index in self._queues_reset or (self._queues_move and self.state is DeviceState.DRIVER_OK)
+        step = DeviceStep.REENABLE_QUEUE if moves else DeviceStep.SETUP_QUEUE
         DEVICE_TABLE.target(self.state, step)
         if not (most := self.queue_max(index)):
             raise ValueError(f"queue {index} does not exist: the device has {len(self.queues)}")
         if index in self._served:
             raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
         limit = self.chain_limit and min(self.chain_limit, max(LONGEST_CHAIN, size))
-        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit)
+        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit, base=base)
         queue.connect(interrupt)
-        self._served[index] = _Served(queue, doorbell, self._handlers[index])
+        self._served[index] = _Served(queue, doorbell, self._handlers[index], error)
         self._queues_reset.discard(index)
+
+    @locked
+    def stop_queue(self, index: int) -> int:
+        """Takes a queue off a device that has begun (`begin`); returns where it resumes.
+
+        Chains in flight are published if they are completed, and handed back if they are the newest. StatusError: the queue is not enabled.
+        """
+        if (served := self._served.pop(index, None)) is None:
+            raise StatusError(f"queue {index} is not enabled")
+        queue = served.queue
+        if queue.broken is None:
+            _hand_back(queue, (queue.counters["popped"] - queue.outstanding, 0))
+        base = queue.base
+        queue.close()
+        return base
 
     @locked
     def reset_queue(self, index: int) -> None:
@@ -312,6 +370,7 @@ class Device:
             served.queue.close()
         self._served.clear()
         self._queues_reset.clear()
+        self._queues_move, self._assumed = False, Features()
         self._accepted = Features()
         self._status = Status(0)
         self.was_reset()
@@ -381,7 +440,7 @@ class Device:
     def _features_stick(self) -> bool:
         self.refused = None
         try:
-            check_accepted(self._accepted, self.offered, self.rules)
+            check_accepted(self._accepted, self.offered, self.rules, assumed=self._assumed)
             if Feature.VERSION_1 not in self._accepted:
                 missing = Features({Feature.VERSION_1})
                 raise FeatureNegotiationError(f"{missing} was not accepted: there is no legacy interface (6.2)", self.offered, missing)

@@ -45,6 +45,7 @@ class NetDevice(AsyncBursts, Device):
     queues = ("receiveq1", "transmitq1")
     features = IMPLEMENTED
     rules = RULES
+    discarded = frozenset({TRANSMITQ1})
     on_frames: Callable[[Burst], object] | None = None
 
     def __init__(
@@ -197,6 +198,11 @@ class NetDevice(AsyncBursts, Device):
 
     # Served by `poll`.
 
+    @property
+    def served(self) -> bool:
+        """Whether there is `on_frames`; without it the port is driven by hand."""
+        return self.on_frames is not None
+
     def on_receiveq1(self, queue: DeviceQueue) -> None:
         """The driver gave buffers: whoever waits for room looks again."""
 
@@ -220,9 +226,19 @@ class NetDevice(AsyncBursts, Device):
         self._follow()
 
     @locked
-    def setup_queue(self, index: int, size: int, areas: tuple[int, int, int], *, doorbell: EventFd, interrupt: EventFd | None) -> None:
+    def setup_queue(
+        self,
+        index: int,
+        size: int,
+        areas: tuple[int, int, int],
+        *,
+        doorbell: EventFd,
+        interrupt: EventFd | None,
+        base: int | None = None,
+        error: EventFd | None = None,
+    ) -> None:
         """As `Device.setup_queue`."""
-        super().setup_queue(index, size, areas, doorbell=doorbell, interrupt=interrupt)
+        super().setup_queue(index, size, areas, doorbell=doorbell, interrupt=interrupt, base=base, error=error)
         self._doorbells[index] = doorbell
         with suppress(FileExistsError):
             self._events.register(doorbell.fileno(), select.EPOLLIN)
@@ -234,6 +250,18 @@ class NetDevice(AsyncBursts, Device):
         super().reset_queue(index)
         self._silence(index)
         self._follow()
+
+    @locked
+    def stop_queue(self, index: int) -> int:
+        """As `Device.stop_queue`; what the burst of `on_frames` holds is given back."""
+        if self._port is not None and self._handled is not None and index == TRANSMITQ1:
+            with suppress(SpecViolation, ValueError):
+                self._port.take(self._handled)
+            self._handled.pool.give(self._handled)
+        base = super().stop_queue(index)
+        self._silence(index)
+        self._follow()
+        return base
 
     @locked
     def need_reset(self) -> None:

@@ -89,7 +89,7 @@ class BackendSession:
 
     `features` is what the device offers; those that 64 bits cannot carry are left out, and ACCESS_PLATFORM, whose IOTLB is not there.
     `file_size(descriptor)` tells the size of a file (as `os.fstat` does; an OSError refuses the message). `assumed` are features whose
-    owner is the front-end (device-04).
+    owner is the front-end (device-04). `queue_count` answers GET_QUEUE_NUM, where network devices tell pairs: by default `queues`.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class BackendSession:
         max_slots: int = SLOTS,
         rules: tuple[Requires, ...] = (),
         assumed: Iterable[int] = (),
+        queue_count: int | None = None,
     ) -> None:
         """ValueError: not 1 to 256 queues, or a protocol feature that is not in `SUPPORTED`."""
         if not 1 <= queues <= wire.VRING_INDEX_MASK + 1:
@@ -120,6 +121,7 @@ class BackendSession:
         self.closed: MalformedMessage | None = None
         self._file_size, self._max_size, self._max_slots = file_size, max_queue_size, max_slots
         self._rules, self._assumed = rules, Features(assumed)
+        self._queue_count = queues if queue_count is None else queue_count
         self._decoder = wire.Decoder()
 
     @property
@@ -191,7 +193,7 @@ class BackendSession:
                 return self._acknowledged(message.request, refusal, 1) if ack else Step(refusal)
             return self._end(told, *refusal)
         ack = ack or (message.need_reply and ProtocolFeature.REPLY_ACK in self.protocol)  # this very message may have negotiated it
-        known = {descriptor for effect in effects for descriptor in _descriptors_of(effect)}
+        known = {descriptor for effect in effects for descriptor in descriptors_of(effect)}
         done = (*extra, *_closing(tuple(each for each in kept if each not in known)), *effects)
         if rule.reply is None:
             return self._acknowledged(message.request, done, 0, before) if ack else Step(done, _failure=lambda: self._undo(before))
@@ -239,7 +241,7 @@ class BackendSession:
             case _F.GET_PROTOCOL_FEATURES, _:
                 payload = wire.U64(int(self.offered_protocol))
             case _F.GET_QUEUE_NUM, _:
-                payload = wire.U64(len(self.rings))
+                payload = wire.U64(self._queue_count)
             case _F.GET_MAX_MEM_SLOTS, _:
                 payload = wire.U64(self._max_slots)
             case _:
@@ -444,7 +446,7 @@ def _closing(descriptors: tuple[int, ...]) -> tuple[fx.Effect, ...]:
     return (fx.CloseDescriptors(descriptors),) if descriptors else ()
 
 
-def _descriptors_of(effect: fx.Effect) -> tuple[int, ...]:
+def descriptors_of(effect: fx.Effect) -> tuple[int, ...]:
     """The descriptors that an effect hands over."""
     if isinstance(effect, fx.MapMemory | fx.CloseDescriptors):
         return effect.descriptors

@@ -34,9 +34,21 @@ impl EventFd {
     /// # Errors
     /// `NotEventFd` for a descriptor of another kind; `Os` if its flags cannot be changed.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, MemoryError> {
+        Self::passed(fd, |kind| kind == "anon_inode:[eventfd]")
+    }
+
+    /// As [`EventFd::from_fd`], but a pipe or socket is taken too: eight bytes written into it are a signal (User-Mode Linux is called so).
+    ///
+    /// # Errors
+    /// As `from_fd`.
+    pub fn from_fd_or_stream(fd: OwnedFd) -> Result<Self, MemoryError> {
+        Self::passed(fd, |kind| kind == "anon_inode:[eventfd]" || kind.starts_with("pipe:") || kind.starts_with("socket:"))
+    }
+
+    fn passed(fd: OwnedFd, right: fn(&str) -> bool) -> Result<Self, MemoryError> {
         // Eight bytes written into anything else would be damage. Where there is no /proc, the kind cannot be told.
         match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
-            Ok(kind) if kind.as_os_str() != "anon_inode:[eventfd]" => return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() }),
+            Ok(kind) if !kind.to_str().is_some_and(right) => return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() }),
             _ => {}
         }
         set_nonblocking(fd.as_fd())?;
@@ -52,7 +64,12 @@ impl EventFd {
         let one = 1u64.to_ne_bytes();
         // SAFETY: eight readable bytes.
         let written = unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-        if written >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR) { Ok(()) } else { Err(MemoryError::last_os("write")) }
+        // A stream that nobody reads any more has nobody to tell.
+        if written >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR | libc::EPIPE) {
+            Ok(())
+        } else {
+            Err(MemoryError::last_os("write"))
+        }
     }
 
     /// Takes the signals; how many there were, 0 if none.

@@ -41,9 +41,11 @@ impl EventFd {
 
     /// One that somebody passed: the descriptor is duplicated, and made non-blocking for all who share it.
     #[classmethod]
-    fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int) -> Result<Self, Error> {
-        let fd = fd.within("fd", 0, RawFd::MAX.into())?;
-        Ok(EventFd::over(virtio_memory::EventFd::from_fd(duplicate(fd)?)?))
+    #[pyo3(signature = (fd, *, stream = false))]
+    fn from_fd(_cls: &Bound<'_, pyo3::types::PyType>, fd: Int, stream: bool) -> Result<Self, Error> {
+        let fd = duplicate(fd.within("fd", 0, RawFd::MAX.into())?)?;
+        let passed = if stream { virtio_memory::EventFd::from_fd_or_stream(fd) } else { virtio_memory::EventFd::from_fd(fd) };
+        Ok(EventFd::over(passed?))
     }
 
     /// The descriptor: readable when signalled.

@@ -1,0 +1,225 @@
+"""A vhost-user back-end: devices of ours for a virtual machine that somebody else runs.
+
+    with Backend("/tmp/net.sock", Answer()) as backend:
+        backend.serve()
+
+Any thread, or a signal handler, may call `stop`. With asyncio: `loop.add_reader(backend.fileno(), backend.process)`.
+"""
+
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+from virtio._core import EventFd
+from virtio.device import Device
+from virtio.errors import StatusError, TransportError
+from virtio.features import Features
+from virtio.vhost_user.connection import PROTOCOL, Connection
+from virtio.vhost_user.socket import Link, check_path, connect, listen
+
+RETRY: Final = 0.1
+"""Seconds between attempts to connect."""
+LOG_INTERVAL: Final = 0.05
+"""Seconds between writes to a dirty log."""
+
+_log = logging.getLogger(__name__)
+
+
+class Backend:
+    """Serves `device` to front-ends at `path_or_fd`.
+
+    It listens there, or with `connect` it connects, again whenever the connection is gone. A descriptor, which becomes the back-end's, is
+    of a listening socket or of a connection. `device` is a device, which has one connection at a time (others wait), or what makes one for
+    each connection. `poll` never sleeps while a ring runs. `report` is told of mistakes of front-ends and of what ended a connection; by
+    default `logging` is. `protocol_features` is a choice from `PROTOCOL`.
+
+    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made.
+    """
+
+    def __init__(
+        self,
+        path_or_fd: str | os.PathLike[str] | int,
+        device: Device | Callable[[], Device],
+        connect: bool = False,
+        *,
+        poll: bool = False,
+        report: Callable[[Exception], object] | None = None,
+        protocol_features: Features = PROTOCOL,
+    ) -> None:
+        self._device, self._poll, self._protocol = device, poll, protocol_features
+        self._report = report
+        self._path: str | None = None
+        self._listener: socket.socket | None = None
+        self._accepting = False
+        self._connecting = False
+        self._retry_at = 0.0
+        self._connections: list[Connection] = []
+        self._watched: dict[int, Callable[[], object]] = {}
+        first: socket.socket | None = None
+        if isinstance(path_or_fd, int):
+            first = socket.socket(fileno=path_or_fd)
+            if first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                first.setblocking(False)
+                self._listener, first = first, None
+        else:
+            self._path = check_path(os.fspath(path_or_fd))
+            self._connecting = connect
+            if not connect:
+                self._listener = listen(self._path)
+        self._epoll = select.epoll()
+        self._wake = EventFd()
+        self._epoll.register(self._wake.fileno(), select.EPOLLIN)
+        self._stopping = False
+        self._closed = False
+        if first is not None:
+            self._begin(first)
+        self._accept_or_not()
+
+    @property
+    def connections(self) -> int:
+        """How many front-ends are connected."""
+        return len(self._connections)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `process` has something to do."""
+        return self._epoll.fileno()
+
+    @property
+    def wait_time(self) -> float | None:
+        """Seconds after which `process` has something to do even if `fileno` is not readable; None: never."""
+        waits: list[float] = []
+        if self._connecting and not self._connections:
+            waits.append(max(0.0, self._retry_at - time.monotonic()))
+        if any(connection.busy for connection in self._connections):
+            waits.append(0.0)
+        if any(connection.logging for connection in self._connections):
+            waits.append(LOG_INTERVAL)
+        return min(waits, default=None)
+
+    def process(self, timeout: float | None = 0.0) -> int:
+        """Handles what there is to do, sleeping up to `timeout` seconds (None: for ever); how many events. StatusError: closed."""
+        if self._closed:
+            raise StatusError("the back-end is closed")
+        if self._connecting and not self._connections and self._retry_at <= time.monotonic():
+            self._connect()
+        wait = self.wait_time
+        sleep = wait if timeout is None else timeout if wait is None else min(wait, timeout)
+        done = 0
+        # Messages first: a ring that is disabled or moved by one is not served once more as it was.
+        events = [descriptor for descriptor, _ in self._epoll.poll(-1 if sleep is None else sleep)]
+        links = {connection.descriptor for connection in self._connections}
+        for descriptor in sorted(events, key=lambda each: each not in links):
+            if descriptor == self._wake.fileno():
+                self._wake.drain()
+            elif (call := self._watched.get(descriptor)) is not None:
+                call()
+                done += 1
+        for connection in self._connections:
+            if connection.busy:
+                done += connection.poll()
+            if connection.logging and not connection.closed:
+                connection.flush_log()
+        self._forget()
+        return done
+
+    def serve(self) -> None:
+        """Processes until `stop`, or until the only connection that there can be has ended."""
+        while not self._stopping and (self._connections or self._listener is not None or self._connecting):
+            self.process(None)
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Lets `serve` return. From any thread, or from a signal handler."""
+        self._stopping = True
+        with suppress(StatusError):
+            self._wake.signal()
+
+    def close(self) -> None:
+        """Ends all connections, resets their devices, and removes the socket that it made. Again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        if self._listener is not None:
+            self._listener.close()
+            if self._path is not None:
+                with suppress(OSError):
+                    os.unlink(self._path)
+        self._epoll.close()
+        self._wake.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # For connections.
+
+    def watch(self, descriptor: int, call: Callable[[], object]) -> None:
+        """Calls `call` when `descriptor` is readable."""
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._watched[descriptor] = call
+
+    def unwatch(self, descriptor: int) -> None:
+        """No more."""
+        if self._watched.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def report(self, error: Exception) -> None:
+        """Tells who was named, or the log."""
+        if self._report is not None:
+            self._report(error)
+        else:
+            _log.warning("%s", error)
+
+    # Connections.
+
+    def _connect(self) -> None:
+        assert self._path is not None
+        self._retry_at = time.monotonic() + RETRY
+        try:
+            self._begin(connect(self._path))
+        except TransportError as error:
+            _log.debug("%s", error)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            accepted, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        self._begin(accepted)
+
+    def _begin(self, connected: socket.socket) -> None:
+        link = Link(connected)
+        try:
+            device = self._device if isinstance(self._device, Device) else self._device()
+            self._connections.append(Connection(link, device, self, protocol_features=self._protocol, poll=self._poll))
+        except Exception as error:
+            link.close()
+            self.report(error)
+        self._accept_or_not()
+
+    def _forget(self) -> None:
+        if any(connection.closed for connection in self._connections):
+            self._connections = [connection for connection in self._connections if not connection.closed]
+            self._accept_or_not()
+
+    def _accept_or_not(self) -> None:
+        """A device that is taken takes no second connection: it waits in the kernel."""
+        wanted = self._listener is not None and not (isinstance(self._device, Device) and self._connections)
+        if wanted is not self._accepting and self._listener is not None:
+            self._accepting = wanted
+            if wanted:
+                self.watch(self._listener.fileno(), self._accept)
+            else:
+                self.unwatch(self._listener.fileno())

@@ -1,0 +1,506 @@
+"""One connection of a back-end: carries out on a `Device` what the session asks for. Sockets and loop are in `virtio.vhost_user.backend`.
+
+A ring is on the device while it is started, enabled and placed. A network device's disabled transmit ring is emptied here, other disabled
+rings wait. What the front-end passes is duplicated by its user and closed behind each message, so nothing stays open on any way out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from virtio._core import DeviceQueue, EventFd, Memory
+from virtio.device import Device, DeviceState
+from virtio.errors import FeatureNegotiationError, MalformedMessage, SpecViolation, StatusError, TransportError, VirtioError
+from virtio.features import Features
+from virtio.spec import DeviceId, Feature, Status
+from virtio.vhost_user import effects as fx
+from virtio.vhost_user import message as wire
+from virtio.vhost_user.backend_session import Answer, BackendSession, Send, descriptors_of
+from virtio.vhost_user.message import ProtocolFeature
+from virtio.vhost_user.socket import Link
+
+PROTOCOL: Final = Features(
+    {
+        *(ProtocolFeature.MQ, ProtocolFeature.LOG_SHMFD, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU, ProtocolFeature.BACKEND_REQ),
+        *(ProtocolFeature.CONFIG, ProtocolFeature.RESET_DEVICE, ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS),
+    }
+)
+"""Protocol features that are offered."""
+CTRL_VQ: Final = 17
+"""Feature bit of the network device's control queue, whose owner may be the front-end (device-04)."""
+LOG_PAGES: Final = 1 << 30
+DISCARD_BATCH: Final = 64
+DISCARD_ROUNDS: Final = 64
+MESSAGES: Final = 64
+"""Messages that one turn reads at most, so that others have theirs."""
+
+
+class Loop(Protocol):
+    """What a connection needs of who runs it."""
+
+    def watch(self, descriptor: int, call: Callable[[], object]) -> None:
+        """Calls `call` when `descriptor` is readable."""
+
+    def unwatch(self, descriptor: int) -> None:
+        """No more."""
+
+    def report(self, error: Exception) -> None:
+        """Tells somebody."""
+
+
+@dataclass
+class Ring:
+    """What the front-end said of a ring, and where it is served: nowhere, on the device, or here by discarding."""
+
+    size: int = 0
+    areas: tuple[int, int, int] | None = None
+    base: int = 0
+    kick: EventFd | None = None
+    call: EventFd | None = None
+    error: EventFd | None = None
+    polled: bool = False
+    started: bool = False
+    enabled: bool = False
+    on: bool = False
+    discarding: DeviceQueue | None = None
+    watched: int | None = None
+
+
+class Connection:
+    """A front-end that is connected over `link`, and the device that it has. Both are its own until `close`."""
+
+    def __init__(self, link: Link, device: Device, loop: Loop, *, protocol_features: Features = PROTOCOL, poll: bool = False) -> None:
+        """StatusError: the device is on a transport already; the link is closed."""
+        self.device: Final = device
+        self.session: Final = BackendSession(
+            device.offered,
+            len(device.queues),
+            file_size=lambda descriptor: os.fstat(descriptor).st_size,
+            protocol_features=protocol_features,
+            max_queue_size=device.queue_size,
+            rules=device.rules,
+            assumed={CTRL_VQ} if device.device_id == DeviceId.NETWORK else (),
+            queue_count=len(device.queues) // 2 if device.device_id == DeviceId.NETWORK else None,
+        )
+        self.rings: Final = [Ring() for _ in device.queues]
+        self.closed = False
+        self._link, self._loop, self._poll = link, loop, poll
+        self._config_changed = EventFd()
+        try:
+            device.connect(self._config_changed)
+        except StatusError:
+            self._config_changed.close()
+            link.close()
+            raise
+        self._features: Features | None = None
+        self._status = 0
+        self._memories: dict[int, Memory] = {}
+        self._lingering: list[Memory] = []
+        self._channel: Link | None = None
+        self._log: Memory | None = None
+        self._logging = False
+        loop.watch(link.fileno(), self.receive)
+        loop.watch(self._config_changed.fileno(), self._tell_config)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it wants `poll` without being kicked."""
+        return any(ring.on and (ring.polled or self._poll) for ring in self.rings) and self.device.served
+
+    @property
+    def logging(self) -> bool:
+        """Whether `flush_log` is to be called now and then."""
+        return self._logging
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the connection."""
+        return self._link.fileno()
+
+    # What arrives.
+
+    def receive(self) -> None:
+        """Reads and carries out the messages that are there, up to `MESSAGES`."""
+        for _ in range(MESSAGES):
+            if self.closed or (received := self._receive()) is None:
+                return
+            data, descriptors = received
+            if not data:
+                self.close()
+                return
+            for step in self.session.feed(data, descriptors):
+                try:
+                    self._carry_out(step.effects, step.done, step.failed)
+                except TransportError as error:
+                    self._loop.report(error)
+                    self.close()
+
+    def _receive(self) -> tuple[bytes, list[int]] | None:
+        try:
+            self._link.flush()
+        except TransportError:
+            return b"", []
+        return self._link.receive(self.session.needed)
+
+    def _carry_out(self, effects: tuple[fx.Effect, ...], done: Callable[[Answer], Send], failed: Callable[[], Send | None]) -> None:
+        ended = False
+        try:
+            for effect in effects:  # what moves is taken off while its memory is still there
+                if isinstance(effect, fx.SetVringAddr | fx.BreakVring) and not self.closed:
+                    self._take_off(effect.index)
+            answer: Answer = None
+            sent: Send | None
+            try:
+                for effect in effects:
+                    if isinstance(effect, fx.Disconnect):
+                        ended = True
+                        self._loop.report(effect.error)
+                    elif not self.closed:
+                        found = self._do(effect)
+                        answer = answer if found is None else found
+                sent = done(answer) if not ended else Send()
+            except (VirtioError, ValueError, OSError) as error:
+                self._loop.report(error)
+                sent = failed()
+            for index in range(len(self.rings)):
+                self._place(index)
+            if sent is None:
+                ended = True
+            elif not self.closed and not ended:
+                self.flush_log()
+                self._link.send(sent)
+        finally:
+            for effect in effects:
+                for descriptor in descriptors_of(effect):
+                    os.close(descriptor)
+        if ended:
+            self.close()
+
+    # What is asked for.
+
+    def _do(self, effect: fx.Effect) -> Answer:
+        match effect:
+            case fx.Refused(error):
+                self._loop.report(error)
+            case fx.SetFeatures(features, log):
+                self._set_features(features, log)
+            case fx.MapMemory() | fx.AddRegion() | fx.RemoveRegion():
+                self._map(effect)
+            case (
+                (fx.SetVringNum() | fx.SetVringAddr() | fx.SetVringBase() | fx.SetVringEnable() | fx.StopVring() | fx.BreakVring())
+                | fx.SetVringKick()
+                | fx.SetVringCall()
+                | fx.SetVringErr()
+            ):
+                return self._vring(effect)
+            case fx.GetConfig(offset, size):
+                have = self.device.read_config(offset, min(size, max(0, len(self.device.config) - offset)))
+                return have.ljust(size, b"\0")  # the front-end's structure may be longer
+            case fx.SetConfig(config):
+                self.device.write_config(config.offset, config.data)
+            case fx.SetLogBase(log, descriptor):
+                self._set_log(log, descriptor)
+            case fx.SetBackendChannel(descriptor):
+                self._set_channel(Link(socket.socket(fileno=os.dup(descriptor))))
+            case fx.ResetDevice():
+                self._reset()
+            case fx.SetStatus(status):
+                self._status = status
+                if not status:
+                    self._reset()
+            case fx.GetStatus():
+                return self._status | (Status.NEEDS_RESET if self.device.state is DeviceState.NEEDS_RESET else 0)
+            case _:  # SetOwner, SetProtocolFeatures, SetLogFd, SetMtu: nothing to do
+                pass
+        return None
+
+    def _set_features(self, features: Features, log: bool) -> None:
+        if features != self._features:
+            self._reset()
+            self._features = features
+        self._logging = log
+        self._start_log()
+
+    def _reset(self) -> None:
+        for index in range(len(self.rings)):
+            self._take_off(index)
+        self.device.reset()
+
+    def _map(self, effect: fx.MapMemory | fx.AddRegion | fx.RemoveRegion) -> None:
+        memories = self.device.memory
+        match effect:
+            case fx.RemoveRegion(region):
+                memories.remove(region.guest)
+                self._drop(self._memories.pop(region.guest))
+            case fx.AddRegion(region, descriptor):
+                added = Memory.from_fd(descriptor, region.size, offset=region.offset)
+                memories.add(region.guest, added)
+                self._memories[region.guest] = added
+            case fx.MapMemory(regions, descriptors):
+                made: dict[int, Memory] = {}
+                try:
+                    for region, descriptor in zip(regions, descriptors, strict=True):
+                        made[region.guest] = Memory.from_fd(descriptor, region.size, offset=region.offset)
+                    memories.replace([(address, memory, 0, memory.size) for address, memory in made.items()])
+                except BaseException:
+                    for memory in made.values():
+                        memory.close()
+                    raise
+                old, self._memories = self._memories, made
+                for memory in old.values():
+                    self._drop(memory)
+
+    def _drop(self, memory: Memory) -> None:
+        self._lingering.append(memory)
+        left, self._lingering = self._lingering, []
+        for each in left:
+            try:
+                each.close()
+            except BufferError:  # a chain that is in flight; it closes with the next
+                self._lingering.append(each)
+
+    def _vring(self, effect: fx.Effect) -> Answer:
+        match effect:
+            case fx.SetVringNum(index, size):
+                ring = self._stopped(index)
+                ring.size = size
+            case fx.SetVringBase(index, base):
+                ring = self._stopped(index)
+                ring.base = base
+            case fx.SetVringAddr(index, areas, _):
+                self._take_off(index)
+                self.rings[index].areas = areas
+            case fx.SetVringEnable(index, enabled):
+                self.rings[index].enabled = enabled
+            case fx.StopVring(index):
+                ring = self._stopped(index)
+                ring.kick = _replaced(ring.kick, None)
+                return ring.base
+            case fx.BreakVring(index, error):
+                self._take_off(index)
+                self.rings[index].areas = None
+                self._break(self.rings[index], error)
+            case fx.SetVringKick(index, descriptor):
+                self._take_off(index)
+                ring = self.rings[index]
+                ring.kick = _replaced(ring.kick, EventFd() if descriptor is None else EventFd.from_fd(descriptor))
+                ring.polled, ring.started = descriptor is None, True
+                self.session.kicked(index)
+            case fx.SetVringCall(index, descriptor):
+                ring, old = self.rings[index], self.rings[index].call
+                ring.call = None if descriptor is None else EventFd.from_fd(descriptor, stream=True)  # User-Mode Linux passes a socket
+                for queue in (self.device.queue(index) if ring.on else None, ring.discarding):
+                    if queue is not None and queue.broken is None:
+                        queue.connect(ring.call)
+                if ring.call is not None and (ring.on or ring.discarding):
+                    ring.call.signal()  # what the old one was told may be lost
+                _replaced(old, None)
+            case fx.SetVringErr(index, descriptor):
+                self._take_off(index)
+                ring = self.rings[index]
+                ring.error = _replaced(ring.error, None if descriptor is None else EventFd.from_fd(descriptor))
+        return None
+
+    def _stopped(self, index: int) -> Ring:
+        self._take_off(index)
+        ring = self.rings[index]
+        ring.started = False
+        return ring
+
+    # Rings on and off the device.
+
+    def _place(self, index: int) -> None:
+        """Puts a ring where it belongs now."""
+        ring = self.rings[index]
+        ready = not self.closed and ring.started and ring.size > 0 and ring.areas is not None and self._features is not None
+        on = ready and ring.enabled
+        discarding = ready and not on and index in self.device.discarded
+        if ring.on == on and (ring.discarding is not None) == discarding:
+            return
+        self._take_off(index)
+        if not on and not discarding:
+            return
+        try:
+            self._put_on(index, ring, on)
+        except (VirtioError, ValueError) as error:
+            ring.started = False
+            self._break(ring, error)
+
+    def _put_on(self, index: int, ring: Ring, on: bool) -> None:
+        assert ring.areas is not None and ring.kick is not None and self._features is not None
+        device = self.device
+        if device.state is not DeviceState.DRIVER_OK:
+            others = [other for other, each in enumerate(self.rings) if each.on or each.discarding]
+            for other in others:
+                self._take_off(other)
+            assumed = {CTRL_VQ} if device.device_id == DeviceId.NETWORK else ()
+            try:
+                device.begin(self._features & device.offered, assumed=assumed)
+            except FeatureNegotiationError as refused:
+                raise MalformedMessage(str(refused), "SET_FEATURES") from None
+            for other in others:
+                self._place(other)
+        base = self._base(ring)
+        if on:
+            device.setup_queue(index, ring.size, ring.areas, doorbell=ring.kick, interrupt=ring.call, base=base, error=ring.error)
+            ring.on = True
+            ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
+        else:
+            limit = device.queue_max(index)
+            queue = DeviceQueue(device.memory, ring.size, ring.areas, features=device.accepted, index=index, max_size=limit, base=base)
+            queue.connect(ring.call)
+            ring.discarding = queue
+            queue.arm()
+        if not on or (device.served and not self._poll):
+            ring.watched = ring.kick.fileno()
+            self._loop.watch(ring.watched, self.poll if on else lambda: self._discard(ring))
+
+    def _base(self, ring: Ring) -> int:
+        """Where the ring resumes. Some front-ends begin packed rings at 0, the wrap counters too: a ring that no device wrote tells."""
+        assert ring.areas is not None and self._features is not None
+        if Feature.RING_PACKED in self._features and ring.base == 0 and not self.device.memory.load(ring.areas[0] + 14, 2) >> 15:
+            return 1 << 31 | 1 << 15
+        return ring.base
+
+    def _take_off(self, index: int) -> None:
+        ring = self.rings[index]
+        if ring.watched is not None:
+            self._loop.unwatch(ring.watched)
+            ring.watched = None
+        if ring.on:
+            ring.on = False
+            with suppress(StatusError):  # the device was reset behind our back
+                ring.base = self.device.stop_queue(index)
+        if ring.discarding is not None:
+            ring.base = ring.discarding.base
+            ring.discarding.close()
+            ring.discarding = None
+
+    def _break(self, ring: Ring, error: Exception) -> None:
+        self._loop.report(error)
+        if ring.error is not None:
+            with suppress(OSError):
+                ring.error.signal()
+
+    # Serving.
+
+    def poll(self) -> int:
+        """Serves the device's queues; how many handler calls that took. Whatever a handler raises ends the connection."""
+        if self.closed:
+            return 0
+        try:
+            calls = self.device.poll()
+        except SpecViolation as error:
+            self._loop.report(error)
+            calls = 1
+        except Exception as error:
+            self._loop.report(error)
+            self.close()
+            return 0
+        if self.device.state is DeviceState.NEEDS_RESET:  # kicks are for nobody until the front-end begins anew
+            for ring in self.rings:
+                if ring.on and ring.watched is not None:
+                    self._loop.unwatch(ring.watched)
+                    ring.watched = None
+        return calls
+
+    def _discard(self, ring: Ring) -> None:
+        queue = ring.discarding
+        if queue is None or ring.kick is None:
+            return
+        ring.kick.drain()
+        batch = queue.batch(DISCARD_BATCH)
+        try:
+            for _ in range(DISCARD_ROUNDS):
+                if not queue.pop_batch(batch):
+                    if not queue.arm():
+                        return
+                    continue
+                queue.complete_batch(batch)
+            ring.kick.signal()
+        except VirtioError as error:
+            ring.started = False
+            self._break(ring, error)
+            self._take_off(self.rings.index(ring))
+
+    # The channel and the log.
+
+    def _set_channel(self, channel: Link) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+
+    def _tell_config(self) -> None:
+        self._config_changed.drain()
+        if self._channel is not None and ProtocolFeature.CONFIG in self.session.protocol:
+            try:
+                self._channel.send(Send(wire.encode(wire.BackendRequest.CONFIG_CHANGE_MSG)))
+            except TransportError as error:
+                self._loop.report(error)
+                self._channel.close()
+                self._channel = None
+
+    def _set_log(self, log: wire.Log, descriptor: int) -> None:
+        made = Memory.from_fd(descriptor, log.size, offset=log.offset)
+        self.flush_log()
+        if self._log is not None:
+            self._log.close()
+        self._log = made
+        self._start_log()
+
+    def _start_log(self) -> None:
+        if self._log is not None and self._logging:
+            self.device.memory.start_dirty_log(min(self._log.size * 8, LOG_PAGES))
+        else:
+            self.device.memory.stop_dirty_log()
+
+    def flush_log(self) -> None:
+        """Carries the marks of what was written over to the front-end's log."""
+        if self._log is None or not self._logging:
+            return
+        marks = self.device.memory.take_dirty_log()
+        for at in range(0, len(marks), 4096):  # most are zero: whole pieces are passed over
+            piece = marks[at : at + 4096]
+            if any(piece):
+                for offset, bits in enumerate(piece, at):
+                    if bits and offset < self._log.size:
+                        self._log.store(offset, 1, self._log.load(offset, 1) | bits)
+
+    def close(self) -> None:
+        """Resets the device and takes all from it; closes everything that is the connection's. Again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.unwatch(self._link.fileno())
+        self._loop.unwatch(self._config_changed.fileno())
+        for effect in self.session.end():
+            for descriptor in descriptors_of(effect):
+                os.close(descriptor)
+        with suppress(VirtioError):
+            self.flush_log()
+        self._reset()
+        self.device.connect(None)
+        self.device.memory.stop_dirty_log()
+        self.device.memory.replace([])
+        for memory in self._memories.values():
+            self._drop(memory)
+        for ring in self.rings:
+            for event in (ring.kick, ring.call, ring.error):
+                _replaced(event, None)
+        self._config_changed.close()
+        if self._log is not None:
+            self._log.close()
+        if self._channel is not None:
+            self._channel.close()
+        self._link.close()
+
+
+def _replaced(old: EventFd | None, new: EventFd | None) -> EventFd | None:
+    if old is not None:
+        old.close()
+    return new

@@ -1,0 +1,149 @@
+"""Sockets of vhost-user: bytes and descriptors between a `Decoder` and the kernel. Nothing else of the package calls sendmsg or recvmsg.
+
+A read never takes more bytes than the message needs, so that descriptors stay with their message; what comes in is close-on-exec.
+"""
+
+import array
+import os
+import socket
+import stat
+from collections import deque
+from typing import Final
+
+from virtio.errors import TransportError
+from virtio.vhost_user.backend_session import Send
+from virtio.vhost_user.message import HEADER, MAX_BODY, MAX_DESCRIPTORS
+
+LONGEST_PATH: Final = 107
+"""Bytes of a socket's path that the kernel takes."""
+MOST_WAITING: Final = 1 << 20
+"""Bytes of replies that a peer may leave unread."""
+_ROOM: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
+
+
+def check_path(path: str) -> str:
+    """The path. ValueError: no name, or longer than `LONGEST_PATH` bytes."""
+    if not 0 < len(os.fsencode(path)) <= LONGEST_PATH:
+        raise ValueError(f"socket path of {len(os.fsencode(path))} bytes, not 1 to {LONGEST_PATH}: {path!r}")
+    return path
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at `path`; one that nobody listens on any more is replaced.
+
+    ValueError: as `check_path`. TransportError: the path is in use, is no socket, or cannot be made.
+    """
+    check_path(path)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        try:
+            made.bind(path)
+        except OSError:
+            if not os.path.lexists(path):
+                raise
+            _remove_stale(path)
+            made.bind(path)
+        made.listen()
+    except (OSError, TransportError) as error:
+        made.close()
+        if isinstance(error, TransportError):
+            raise
+        raise TransportError(f"cannot listen on {path}: {error.strerror}") from None
+    return made
+
+
+def _remove_stale(path: str) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise TransportError(f"cannot listen on {path}: it exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:  # it is somebody's: of another type, or with a full backlog
+            pass
+    raise TransportError(f"cannot listen on {path}: it is in use")
+
+
+def connect(path: str) -> socket.socket:
+    """A connection to who listens at `path`. ValueError: as `check_path`. TransportError: nobody does, or it is no such socket."""
+    check_path(path)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        made.connect(path)
+    except OSError as error:
+        made.close()
+        plain = os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode)
+        raise TransportError(f"cannot connect to {path}: {'it is not a socket' if plain else error.strerror}") from None
+    return made
+
+
+class Link:
+    """A connected socket, not blocking: whole messages out, pieces of messages in. It owns the socket."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self._waiting: deque[Send] = deque()
+
+    def fileno(self) -> int:
+        """The descriptor, for a selector."""
+        return self._socket.fileno()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is left to send."""
+        return bool(self._waiting)
+
+    def receive(self, needed: int) -> tuple[bytes, list[int]] | None:
+        """At most `needed` bytes and the descriptors that came with them; b"" if the peer is gone, None if there is nothing yet."""
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(min(needed, HEADER.size + MAX_BODY), _ROOM, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b"", []
+        descriptors = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        return data, descriptors.tolist()
+
+    def send(self, sent: Send) -> None:
+        """Sends, now or when `flush` can. The descriptors are duplicated, so that they may be closed. TransportError: the peer is gone."""
+        if not sent.data:
+            return
+        if sum(len(each.data) for each in self._waiting) > MOST_WAITING:
+            raise TransportError(f"the peer leaves more than {MOST_WAITING} bytes unread")
+        self._waiting.append(Send(sent.data, tuple(os.dup(descriptor) for descriptor in sent.descriptors)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what is left, as far as the socket takes it. TransportError: the peer is gone."""
+        while self._waiting:
+            data, descriptors = self._waiting[0]
+            try:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+                count = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise TransportError(f"the peer is gone: {error.strerror}") from None
+            _close(descriptors)
+            if count < len(data):
+                self._waiting[0] = Send(data[count:])
+            else:
+                self._waiting.popleft()
+
+    def close(self) -> None:
+        """Closes the socket, and what was to be sent over it."""
+        for each in self._waiting:
+            _close(each.descriptors)
+        self._waiting.clear()
+        self._socket.close()
+
+
+def _close(descriptors: tuple[int, ...]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
