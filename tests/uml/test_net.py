@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def answer() -> type[NetDevice]:
-    found = runpy.run_path(str(ROOT / "examples/answer.py"))["Answer"]
+    found: type[NetDevice] = runpy.run_path(str(ROOT / "examples/answer.py"))["Answer"]
     assert issubclass(found, NetDevice)
     return found
 

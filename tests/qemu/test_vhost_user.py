@@ -1,0 +1,124 @@
+"""QEMU as a vhost-user front-end of our network device, with our driver in the place of a guest: frames go through both."""
+
+import gc
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+
+from tests.qemu.conftest import Machines, only
+from virtio import Burst, Feature, NetDevice, NetDriver
+from virtio.features import Features
+from virtio.pci.qtest import QemuMachine
+from virtio.vhost_user.backend import Backend
+
+pytestmark = pytest.mark.qemu
+SPLIT = Features({Feature.VERSION_1})
+
+
+class Echo(NetDevice):
+    """Sends back what it gets."""
+
+    def on_frames(self, burst: Burst) -> None:
+        self.send(burst)
+
+
+@contextmanager
+def serving(path: str, device: NetDevice, **options: Any) -> Iterator[Backend]:
+    """A back-end in a thread; no thread and no descriptor is left."""
+    errors: list[Exception] = []
+    with Backend(path, device, report=errors.append, **options) as backend:
+        thread = threading.Thread(target=backend.serve)
+        thread.start()
+        try:
+            yield backend
+        finally:
+            backend.stop()
+            thread.join()
+    assert not errors
+
+
+def card(binary: str) -> str:
+    """QEMU 7.2 ends by SIGSEGV if such a card has MSI-X under TCG."""
+    vectors = "" if binary == shutil.which("qemu-system-x86_64") else ",vectors=0"
+    return f"virtio-net-pci,netdev=n0,packed=on,mrg_rxbuf=on{vectors}"
+
+
+@pytest.fixture
+def guest(machines: Machines, binary: str, tmp_path: Path) -> Callable[[], QemuMachine]:
+    """Starts QEMU on the back-end at `tmp_path / "net"`."""
+    options = ["-chardev", f"socket,id=vu,path={tmp_path / 'net'}"]
+    return lambda: machines(card(binary), netdevs=["vhost-user,id=n0,chardev=vu"], options=options)
+
+
+def exchange(driver: NetDriver, count: int) -> None:
+    """Sends frames of all lengths, and has each come back as it went."""
+    frames = [bytes([number % 251]) * (60 + number * 37 % 1400) for number in range(count)]
+    sent, received = 0, list[bytes]()
+    while len(received) < count:
+        sent += driver.send_frames(frames[sent : sent + 32])
+        assert driver.wait(10.0)
+        received += driver.receive_frames(64)
+    assert received == frames
+
+
+def drive(machine: QemuMachine, count: int, restarts: int = 0) -> str:
+    """Our driver on the machine's card; the format of its rings."""
+    with only(machine) as transport, NetDriver(transport) as driver:
+        exchange(driver, count)
+        for _ in range(restarts):  # the guest resets its card, and sets it up again
+            driver.restart()
+            exchange(driver, count)
+        return str(driver.receiveq.ring_format)
+
+
+def descriptors() -> set[str]:
+    """What this process has open, leftovers of other tests aside."""
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
+
+
+def device_with(ring_features: Features) -> Echo:
+    return Echo(offered=NetDevice.features | {Feature.EVENT_IDX, Feature.INDIRECT_DESC, *ring_features})
+
+
+def test_frames_go_through_qemu_into_our_device_and_back(
+    guest: Callable[[], QemuMachine], tmp_path: Path, ring_features: Features, ring_format: str
+) -> None:
+    device = device_with(ring_features)
+    assert device.pool.slots  # made when it is needed first
+    before = descriptors()
+    with serving(str(tmp_path / "net"), device) as backend:
+        ready = descriptors()
+        with guest() as machine:
+            assert drive(machine, 200, restarts=3) == ring_format
+        while backend.connections:
+            sleep(0.01)
+        assert descriptors() == ready
+    assert descriptors() == before
+
+
+def test_frames_go_through_while_polling(guest: Callable[[], QemuMachine], tmp_path: Path) -> None:
+    with serving(str(tmp_path / "net"), device_with(SPLIT), poll=True), guest() as machine:
+        drive(machine, 100)
+
+
+def test_one_machine_after_the_other(guest: Callable[[], QemuMachine], tmp_path: Path) -> None:
+    with serving(str(tmp_path / "net"), device_with(SPLIT)):
+        for _ in range(2):
+            with guest() as machine:
+                drive(machine, 50)
+
+
+def test_the_back_end_waits_until_qemu_listens(machines: Machines, binary: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "net")
+    with serving(path, device_with(SPLIT), connect=True):
+        options = ["-chardev", f"socket,id=vu,path={path},server=on"]
+        with machines(card(binary), netdevs=["vhost-user,id=n0,chardev=vu"], options=options) as machine:
+            drive(machine, 50)
