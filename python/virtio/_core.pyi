@@ -499,6 +499,11 @@ class DeviceQueue:
 
         Batches forget them at their next use. ValueError: fewer are in flight, one of them was completed, or chains stand in bursts.
         """
+    def settle(self) -> None:
+        """Completes, with length 0, every chain that stands in bursts, although its slots did not come back, and publishes.
+
+        For a queue that is about to move elsewhere: what bursts hold are copies.
+        """
     def publish(self) -> bool:
         """Makes all completed chains visible with one store, and notifies the driver if it wants it (2.7.7.2, 2.8.10); returns whether."""
     def batch(self, capacity: int = 64) -> ChainBatch:

@@ -340,12 +340,14 @@ class Device:
     def stop_queue(self, index: int) -> int:
         """Takes a queue off a device that has begun (`begin`); returns where it resumes.
 
-        Chains in flight are published if they are completed, and handed back if they are the newest. StatusError: the queue is not enabled.
+        Chains in flight are completed if they stand in bursts, and handed back if they are the newest. StatusError: not enabled.
         """
         if (served := self._served.pop(index, None)) is None:
             raise StatusError(f"queue {index} is not enabled")
         queue = served.queue
         if queue.broken is None:
+            with suppress(VirtioError):
+                queue.settle()
             _hand_back(queue, (queue.counters["popped"] - queue.outstanding, 0))
         base = queue.base
         queue.close()
@@ -426,6 +428,8 @@ class Device:
         try:
             served.handler(queue)
         except SpecViolation:
+            if served.error is not None and queue.broken is None:
+                served.error.signal()
             self.need_reset()
             raise
         except BaseException:

@@ -253,11 +253,7 @@ class NetDevice(AsyncBursts, Device):
 
     @locked
     def stop_queue(self, index: int) -> int:
-        """As `Device.stop_queue`; what the burst of `on_frames` holds is given back."""
-        if self._port is not None and self._handled is not None and index == TRANSMITQ1:
-            with suppress(SpecViolation, ValueError):
-                self._port.take(self._handled)
-            self._handled.pool.give(self._handled)
+        """As `Device.stop_queue`."""
         base = super().stop_queue(index)
         self._silence(index)
         self._follow()

@@ -28,6 +28,9 @@ RETRY: Final = 0.1
 LOG_INTERVAL: Final = 0.05
 """Seconds between writes to a dirty log."""
 
+SEND_INTERVAL: Final = 0.01
+"""Seconds between attempts to send what a front-end did not read yet."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +42,7 @@ class Backend:
     each connection. `poll` never sleeps while a ring runs. `report` is told of mistakes of front-ends and of what ended a connection; by
     default `logging` is. `protocol_features` is a choice from `PROTOCOL`.
 
-    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made.
+    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made; no socket's descriptor.
     """
 
     def __init__(
@@ -63,7 +66,10 @@ class Backend:
         self._watched: dict[int, Callable[[], object]] = {}
         first: socket.socket | None = None
         if isinstance(path_or_fd, int):
-            first = socket.socket(fileno=path_or_fd)
+            try:
+                first = socket.socket(fileno=path_or_fd)
+            except OSError as error:
+                raise TransportError(f"descriptor {path_or_fd} is not a socket: {error.strerror}") from None
             if first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 first.setblocking(False)
                 self._listener, first = first, None
@@ -98,6 +104,8 @@ class Backend:
             waits.append(max(0.0, self._retry_at - time.monotonic()))
         if any(connection.busy for connection in self._connections):
             waits.append(0.0)
+        if any(connection.waiting for connection in self._connections):
+            waits.append(SEND_INTERVAL)
         if any(connection.logging for connection in self._connections):
             waits.append(LOG_INTERVAL)
         return min(waits, default=None)
@@ -123,6 +131,8 @@ class Backend:
         for connection in self._connections:
             if connection.busy:
                 done += connection.poll()
+            if connection.waiting:
+                connection.receive()
             if connection.logging and not connection.closed:
                 connection.flush_log()
         self._forget()

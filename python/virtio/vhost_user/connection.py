@@ -118,6 +118,11 @@ class Connection:
         return self._logging
 
     @property
+    def waiting(self) -> bool:
+        """Whether the front-end leaves replies unread."""
+        return self._link.waiting
+
+    @property
     def descriptor(self) -> int:
         """The descriptor of the connection."""
         return self._link.fileno()

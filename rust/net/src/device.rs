@@ -299,6 +299,25 @@ impl DeviceBursts {
         Ok(taken - dropped as usize)
     }
 
+    /// Completes every chain that is lent, with used length 0, although its slots did not come back: the queue moves elsewhere, and they are
+    /// copies. Nobody sees it before `publish`. The pool's lock is not held.
+    ///
+    /// # Errors
+    /// None that a caller or a peer can cause.
+    pub fn settle<R: DeviceRing>(&mut self, queue: &mut DeviceQueue<R>) -> Result<(), BurstError> {
+        self.completions.clear();
+        if self.chains > 0 {
+            for (head, lent) in self.lent.iter_mut().enumerate().filter(|(_, lent)| lent.slots > 0) {
+                lent.slots = 0;
+                self.completions.push(Completion { head: head as u16, serial: lent.serial, len: 0 });
+            }
+        }
+        self.completions.retain(|completion| queue.check(completion).is_ok());
+        self.completions.sort_unstable_by_key(|completion| completion.serial);
+        self.reset();
+        Ok(queue.complete_batch(&self.completions[..])?)
+    }
+
     /// Forgets all chains: the device was reset. Slots that are still lent come back without telling. The pool's lock is not held.
     pub fn reset(&mut self) {
         self.held = None;

@@ -339,6 +339,14 @@ impl DeviceQueue {
         })
     }
 
+    /// Completes, with length 0, every chain that stands in bursts, although its slots did not come back, and publishes.
+    fn settle(&self, py: Python<'_>) -> Result<(), Error> {
+        self.with(py, |open| {
+            open.bursts.settle(&mut open.queue)?;
+            open.publish(&self.shared.ring).map(drop)
+        })
+    }
+
     /// Makes all completed chains visible with one store, and notifies the driver if it wants it (2.7.7.2, 2.8.10); returns whether.
     fn publish(&self, py: Python<'_>) -> Result<bool, Error> {
         self.with(py, |open| open.publish(&self.shared.ring))
