@@ -1,9 +1,9 @@
 """Linux's own virtio_net, in User-Mode Linux, on our network device over vhost-user."""
 
-import os
 import runpy
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,21 @@ cat /sys/class/net/$IF/address
 ip link set $IF up; ip addr add 192.168.90.1/24 dev $IF
 ping -c 5 -i 0.2 -W 5 -s 1200 192.168.90.2
 """
+
+AGAIN = (
+    PING
+    + """
+ip link set $IF down; ip link set $IF up
+ping -c 2 -i 0.2 -W 5 192.168.90.2
+for time in 1 2; do
+    echo virtio0 > /sys/bus/virtio/drivers/virtio_net/unbind
+    echo virtio0 > /sys/bus/virtio/drivers/virtio_net/bind
+    IF=$(ls /sys/class/net | grep -v lo | head -1)
+    ip link set $IF up; ip addr add 192.168.90.1/24 dev $IF
+    ping -c 3 -i 0.2 -W 5 192.168.90.2
+done
+"""
+)
 
 
 @pytest.fixture
@@ -46,8 +61,8 @@ def run(backend: Backend, linux: Linux, until: Callable[[], bool] = lambda: Fals
         backend.process(0.2)
 
 
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+def answered(linux: Linux) -> bool:
+    return "1208 bytes from" in linux.output
 
 
 @pytest.fixture
@@ -74,3 +89,28 @@ def test_linux_pings_our_device(path: str, answer: type[NetDevice], errors: list
         assert seen == {"packed" if packed else "split"}
         backend.process(0.0)
         assert not backend.connections
+
+
+def test_the_link_goes_down_and_up_and_the_driver_is_bound_again(path: str, answer: type[NetDevice], errors: list[Exception]) -> None:
+    with Backend(path, answer(mac=MAC), report=errors.append) as backend, Linux(AGAIN, {path: NET}) as linux:
+        run(backend, linux)
+        assert "5 received" in linux.output, linux.output
+        assert "2 received" in linux.output, linux.output
+        assert linux.output.count("3 received") == 2, linux.output
+
+
+def test_linux_may_be_killed_and_another_comes(path: str, answer: type[NetDevice], errors: list[Exception]) -> None:
+    with Backend(path, answer(mac=MAC), report=errors.append) as backend:
+        for kill in (True, False):
+            with Linux(PING, {path: NET}) as linux:
+                run(backend, linux, partial(answered, linux) if kill else lambda: False)
+            while backend.connections:
+                backend.process(1.0)
+        assert errors == []
+
+
+def test_two_cards_on_one_back_end(path: str, answer: type[NetDevice], errors: list[Exception]) -> None:
+    both = PING.replace("head -1", "sort | head -1") + "ip link set $IF down\n" + PING.replace("head -1", "sort | tail -1")
+    with Backend(path, answer, report=errors.append) as backend, Linux(both, {path: NET, f"{path[:-3]}./net": NET}) as linux:
+        run(backend, linux)
+        assert linux.output.count("5 received") == 2, linux.output

@@ -207,6 +207,9 @@ class Backend:
             accepted, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
+        except OSError as error:  # no descriptor is left: it waits until one is
+            self.report(error)
+            return
         self._begin(accepted)
 
     def _begin(self, connected: socket.socket) -> None:

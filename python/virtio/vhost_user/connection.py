@@ -141,7 +141,7 @@ class Connection:
             for step in self.session.feed(data, descriptors):
                 try:
                     self._carry_out(step.effects, step.done, step.failed)
-                except TransportError as error:
+                except Exception as error:  # also what a device raises: other connections go on
                     self._loop.report(error)
                     self.close()
 
@@ -211,7 +211,7 @@ class Connection:
             case fx.SetLogBase(log, descriptor):
                 self._set_log(log, descriptor)
             case fx.SetBackendChannel(descriptor):
-                self._set_channel(Link(socket.socket(fileno=os.dup(descriptor))))
+                self._set_channel(descriptor)
             case fx.ResetDevice():
                 self._reset()
             case fx.SetStatus(status):
@@ -259,6 +259,9 @@ class Connection:
                 old, self._memories = self._memories, made
                 for memory in old.values():
                     self._drop(memory)
+        if self._logging:
+            self.flush_log()
+            self._start_log()  # it may have to reach further
 
     def _drop(self, memory: Memory) -> None:
         self._lingering.append(memory)
@@ -435,7 +438,13 @@ class Connection:
 
     # The channel and the log.
 
-    def _set_channel(self, channel: Link) -> None:
+    def _set_channel(self, descriptor: int) -> None:
+        copy = os.dup(descriptor)
+        try:
+            channel = Link(socket.socket(fileno=copy))
+        except OSError:  # no socket
+            os.close(copy)
+            raise
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
@@ -460,7 +469,8 @@ class Connection:
 
     def _start_log(self) -> None:
         if self._log is not None and self._logging:
-            self.device.memory.start_dirty_log(min(self._log.size * 8, LOG_PAGES))
+            end = max((start + length for start, length in self.device.memory.regions), default=0)
+            self.device.memory.start_dirty_log(min(self._log.size * 8, LOG_PAGES, end // wire.LOG_PAGE + 1))
         else:
             self.device.memory.stop_dirty_log()
 
