@@ -318,6 +318,60 @@ def test_it_connects_when_somebody_listens_and_again(path: str) -> None:
                 frontend.turn()
 
 
+def test_a_device_that_fails_ends_its_own_connection_only(path: str, errors: list[Exception]) -> None:
+    made: list[RngDevice] = []
+
+    def next_device() -> RngDevice:
+        made.append(rng())
+        return made[-1]
+
+    with (
+        Backend(path, next_device, report=errors.append) as backend,
+        Frontend.at(path, backend) as first,
+        Frontend.at(path, backend) as second,
+    ):
+        reads = [live(each) for each in (first, second)]
+        made[0].source = lambda count: b""
+        with pytest.raises(ValueError, match="unpack"):
+            reads[0](16)
+        assert first.gone
+        assert "gave none" in str(errors.pop())
+        assert reads[1](16) == BYTES
+    assert not errors
+
+
+def test_a_factory_that_fails_ends_the_connection(path: str, errors: list[Exception]) -> None:
+    def fail() -> RngDevice:
+        raise LookupError("no device to be had")
+
+    with Backend(path, fail, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        assert frontend.gone
+        assert "no device to be had" in str(errors)
+
+
+def test_what_is_no_socket(path: str) -> None:
+    with open("/dev/null") as file, pytest.raises(TransportError, match="not a socket"):
+        Backend(file.fileno(), rng())
+    Path(path).write_text("")
+    with Backend(path, rng(), connect=True) as backend:  # may become one
+        backend.process()
+        assert not backend.connections
+
+
+def test_a_polled_device_needs_no_kicks(path: str) -> None:
+    with Backend(path, rng(), poll=True) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(Features({Feature.VERSION_1}))
+        queue = frontend.queue(0)
+        frontend.start(queue)
+        queue.connect(None)
+        assert backend.wait_time == 0.0
+        queue.add(None, writable=[frontend.room(16)])
+        queue.publish()
+        backend.process()
+        backend.process()
+        assert len(queue.pop_used()) == 1
+
+
 def test_a_descriptor_of_a_connection(errors: list[Exception]) -> None:
     ours, theirs = socket.socketpair()
     with Backend(theirs.detach(), rng(), report=errors.append) as backend, Frontend(ours, backend) as frontend:
