@@ -55,6 +55,23 @@ fn a_passed_descriptor_that_is_no_eventfd_is_refused() {
 }
 
 #[test]
+fn a_stream_is_signalled_by_bytes_if_that_is_wanted() {
+    let (mut read_end, write_end) = std::io::pipe().unwrap();
+    let event = EventFd::from_fd_or_stream(write_end.into()).unwrap();
+    event.signal().unwrap();
+    let mut found = [0; 8];
+    std::io::Read::read_exact(&mut read_end, &mut found).unwrap();
+    assert_eq!(u64::from_ne_bytes(found), 1);
+    // SAFETY: eight readable bytes.
+    while unsafe { libc::write(event.as_fd().as_raw_fd(), found.as_ptr().cast(), 8) } > 0 {}
+    event.signal().unwrap(); // full: whoever reads has enough to wake for
+    drop(read_end);
+    event.signal().unwrap(); // nobody reads
+    let file = std::fs::File::open("/proc/self/exe").unwrap();
+    assert!(matches!(EventFd::from_fd_or_stream(file.into()), Err(MemoryError::NotEventFd { .. })));
+}
+
+#[test]
 fn a_waiting_thread_is_woken() {
     let event = Arc::new(EventFd::new().unwrap());
     let waiter = std::thread::spawn({
