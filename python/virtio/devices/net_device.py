@@ -131,7 +131,7 @@ class NetDevice(AsyncBursts, Device):
 
     def take(self, burst: Burst) -> int:
         """Completes what came back, and fills `burst` with free slots whose headers are zero; returns how many."""
-        return burst.pool.take(burst) if self._port is None else self._call_port(self._port.take, burst)
+        return burst.pool.take(burst) if (port := self._port) is None else self._call_port(port.take, burst)
 
     def send(self, burst: Burst) -> int:
         """Sends the burst's packets to the driver; returns how many. The others stay in front; before DRIVER_OK all do.
@@ -139,22 +139,22 @@ class NetDevice(AsyncBursts, Device):
         Packets longer than the driver's buffers, or with segmentation that it did not accept, are dropped. ValueError: an illegal row, or
         no room for a header before one. SpecViolation: the driver broke a rule; the device needs a reset.
         """
-        return 0 if self._port is None else self._call_port(self._port.send, burst)
+        return 0 if (port := self._port) is None else self._call_port(port.send, burst)
 
     def receive(self, burst: Burst) -> int:
         """Gives the burst's slots back, which completes the chains they came from, and fills it with packets; returns how many."""
-        if self._port is None:
+        if (port := self._port) is None:
             burst.pool.give(burst)
             return 0
-        return self._call_port(self._port.receive, burst)
+        return self._call_port(port.receive, burst)
 
     def send_frames(self, frames: Iterable[bytes]) -> int:
         """Copies frames to the driver; returns how many are done with, from the first on. ValueError: one without bytes, or too long."""
-        return 0 if self._port is None else self._call_port(self._port.send_frames, frames)
+        return 0 if (port := self._port) is None else self._call_port(port.send_frames, frames)
 
     def receive_frames(self, limit: int = 64) -> list[bytes]:
         """Copies of frames that the driver sent, at most `limit`."""
-        return [] if self._port is None else self._call_port(self._port.receive_frames, limit)
+        return [] if (port := self._port) is None else self._call_port(port.receive_frames, limit)
 
     def _call_port(self, call: Callable[[_A], _T], argument: _A) -> _T:
         try:
@@ -165,9 +165,9 @@ class NetDevice(AsyncBursts, Device):
 
     def arm(self, *, room: bool = False) -> bool:
         """Asks the driver to ring when it sends, with `room` also when it has given buffers; true if there is something already."""
-        if self._port is None:
+        if (port := self._port) is None:
             return False
-        return self._armed(self._port.transmitq) | (room and self._armed(self._port.receiveq))
+        return self._armed(port.transmitq) | (room and self._armed(port.receiveq))
 
     @staticmethod
     def _armed(queue: DeviceQueue) -> bool:
@@ -193,7 +193,7 @@ class NetDevice(AsyncBursts, Device):
         return self._events.fileno()
 
     def _check_whole(self) -> None:
-        if self._port is not None and (error := self._port.transmitq.broken) is not None:
+        if (port := self._port) is not None and (error := port.transmitq.broken) is not None:
             raise StatusError(f"queue {TRANSMITQ1} is broken until the driver resets the device: {error}")
 
     # Served by `poll`.

@@ -30,12 +30,14 @@ const ALL_PIECES: usize = 1024;
 const MAX_HEADER: usize = 32;
 
 const EIO: i32 = 5;
+const E2BIG: i32 = 7;
 const EAGAIN: i32 = 11;
 const ENOMEM: i32 = 12;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 /// The TAP answers this when its device is gone.
 const EBADFD: i32 = 77;
+const EMSGSIZE: i32 = 90;
 const ENOBUFS: i32 = 105;
 
 /// What a step did.
@@ -69,7 +71,7 @@ enum Written {
 fn written(result: Result<usize, MemoryError>) -> Result<Result<Written, Reason>, BurstError> {
     match result {
         Ok(_) => Ok(Ok(Written::Taken)),
-        Err(MemoryError::Os { errno: EIO | EAGAIN | ENOMEM | EINVAL | ENOBUFS, .. }) => Ok(Ok(Written::Refused)),
+        Err(MemoryError::Os { errno: EIO | E2BIG | EAGAIN | ENOMEM | EINVAL | EMSGSIZE | ENOBUFS, .. }) => Ok(Ok(Written::Refused)),
         Err(MemoryError::Os { errno: EFAULT, .. }) => Ok(Ok(Written::Lost)),
         Err(MemoryError::TooManySegments { .. }) => Ok(Err(Reason::Long)),
         Err(error) => Err(error.into()),
