@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from tests.pci.devices import CONFIG, Numbers, NumbersDriver
-from virtio import DeviceNeedsReset, Features, Memory, StatusError, TransportError
+from virtio import DeviceNeedsReset, EventFd, Features, Memory, StatusError, TransportError
 from virtio.device import RING_FEATURES, Device
 from virtio.devices.rng import RngDevice, RngDriver
 from virtio.driver import Driver
@@ -59,6 +59,70 @@ def test_every_queue_is_interrupted(way: tuple[Interrupts, int | None], features
             device.poll()
             assert all(transport.interrupt(index).wait(5) for index in range(3))
             assert all(driver.wait_used(driver.queues[index], 5) == [(index, 1)] for index in range(3))
+
+
+def test_who_shares_a_vector_changes_under_the_guard_of_its_thread() -> None:
+    with PciTransport(EmulatedFunction(Numbers(), msix_vectors=1)) as transport:
+        interrupts = transport._interrupts
+
+        class Guarded(set[int]):
+            def discard(self, source: object, /) -> None:
+                assert interrupts._guard._is_owned()  # type: ignore[attr-defined]
+                super().discard(source)
+
+            def add(self, source: int, /) -> None:
+                assert interrupts._guard._is_owned()  # type: ignore[attr-defined]
+                super().add(source)
+
+        interrupts._sharers[0] = Guarded()
+        for index in (0, 1, 2, 0):
+            interrupts.map(index)
+        interrupts._vectors[0].signal()
+        assert all(transport.interrupt(index).wait(5) for index in range(3))
+
+
+@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("wanted", ["auto", "msix"])
+def test_descriptors_that_run_out_leave_the_function_as_it_was(failing: int, wanted: Interrupts, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    class Scarce:
+        def __new__(cls) -> EventFd:  # type: ignore[misc]
+            cls.count()
+            return EventFd()
+
+        @staticmethod
+        def count() -> None:
+            nonlocal made
+            made += 1
+            if made > failing:
+                raise OSError(24, "Too many open files")
+
+        @staticmethod
+        def from_fd(descriptor: int) -> EventFd:
+            Scarce.count()
+            return EventFd.from_fd(descriptor)
+
+    with EmulatedFunction(Numbers()) as function:
+        with monkeypatch.context() as scarce:
+            scarce.setattr("virtio.pci.interrupts.EventFd", Scarce)
+            with pytest.raises((OSError, TransportError)):
+                PciTransport(function, interrupts=wanted)
+        with PciTransport(function, interrupts=wanted) as transport, NumbersDriver(transport) as driver:
+            assert [driver.ask(index) for index in range(3)] == [0, 1, 2]
+
+
+def test_a_smaller_count_of_vectors_takes_fewer_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = EmulatedFunction.enable_msix
+
+    def scarce(function: EmulatedFunction, count: int) -> list[EventFd]:
+        if count > 2:
+            raise OSError(24, "Too many open files")
+        return enable(function, count)
+
+    monkeypatch.setattr(EmulatedFunction, "enable_msix", scarce)
+    with PciTransport(EmulatedFunction(Numbers())) as transport, NumbersDriver(transport) as driver:
+        assert transport.vectors == 2 and driver.ask(2) == 2
 
 
 def test_configuration_changes_are_notified(way: tuple[Interrupts, int | None]) -> None:

@@ -8,12 +8,15 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 from threading import RLock, Thread
-from typing import Literal
+from typing import Final, Literal
 
 from virtio._core import EventFd
-from virtio.errors import TransportError
+from virtio.errors import StatusError, TransportError, VirtioError
 from virtio.pci.config import CONFIG, ISR_CONFIG, ISR_QUEUE
 from virtio.pci.function import PciFunction
+
+MOST_VECTORS: Final = 64
+"""Vectors that are asked for at most, however many queues a device claims to have: each is a descriptor. More queues share them."""
 
 MapVector = Callable[[int, int], int]
 """Writes a vector to the register of a source and returns what it reads as then; anything else means refused."""
@@ -45,10 +48,19 @@ class Interrupts:
         self._fan_out: _FanOut | None = None
         self._queues = queues
         self._guard = RLock()
-        if wanted == "intx" or not self._start_msix(vectors):
-            self._start_intx(f"of {vectors} MSI-X vectors none is to be had" if vectors else "there are no MSI-X vectors")
-        if CONFIG not in self._sinks:
-            self._sinks[CONFIG] = EventFd()
+        """For `_sinks` and `_sharers`, which threads of ours and the function's read."""
+        try:
+            if wanted == "intx" or not self._start_msix(vectors):
+                self._start_intx(f"of {vectors} MSI-X vectors none is to be had" if vectors else "there are no MSI-X vectors")
+            with self._guard:
+                if CONFIG not in self._sinks:
+                    self._sinks[CONFIG] = EventFd()
+        except StatusError:  # somebody else has enabled them, and keeps them
+            raise
+        except BaseException:
+            with suppress(VirtioError, OSError):
+                self.close()
+            raise
 
     @property
     def vectors(self) -> int:
@@ -71,25 +83,33 @@ class Interrupts:
             self._forget_msix()
             self._start_intx(f"the device refuses MSI-X vectors {sorted(tried)} for {_name(source)}")
         with self._guard:
-            self._sinks.setdefault(source, EventFd())
+            if source not in self._sinks:
+                self._sinks[source] = EventFd()
 
     def close(self) -> None:
         """Disables all, and closes the eventfds. TransportError: as the function's."""
         try:
             self._forget_msix()
         finally:
-            for event in self._sinks.values():
-                event.close()
+            with self._guard:
+                for event in self._sinks.values():
+                    event.close()
 
     def _start_msix(self, vectors: int) -> bool:
-        counts = sorted({min(vectors, self._queues + 1), min(vectors, 2), min(vectors, 1)} - {0}, reverse=True)
+        counts = sorted({min(vectors, self._queues + 1, MOST_VECTORS), min(vectors, 2), min(vectors, 1)} - {0}, reverse=True)
         for count in counts:
-            with suppress(TransportError):
-                # Descriptors of our own: they outlive the function's.
-                self._vectors = [EventFd.from_fd(event.fileno()) for event in self._function.enable_msix(count)]
-                self._sinks[CONFIG] = EventFd.from_fd(self._vectors[0].fileno())
-                self._owners[0] = CONFIG
-                return True
+            try:
+                for event in self._function.enable_msix(count):
+                    self._vectors.append(EventFd.from_fd(event.fileno()))  # descriptors of our own: they outlive the function's
+                config = EventFd.from_fd(self._vectors[0].fileno())
+            except (TransportError, OSError):  # OSError: there are no more descriptors, which fewer vectors may do without
+                with suppress(TransportError):
+                    self._forget_msix()
+                continue
+            with self._guard:
+                self._sinks[CONFIG] = config
+            self._owners[0] = CONFIG
+            return True
         return False
 
     def _start_intx(self, why: str) -> None:
@@ -102,11 +122,22 @@ class Interrupts:
 
     def _interrupted(self) -> None:
         """Reads the ISR, which lowers the line (4.1.4.5). All ones are what a device reads as that is gone: everybody looks then."""
-        bits = self._read_isr()
+        try:
+            bits = self._read_isr()
+        except TransportError:  # comes again, and reads as all ones then
+            raise
+        except Exception:  # the last call: whoever waits shall look
+            self._signal_all()
+            raise
         with self._guard:
             for source, event in self._sinks.items():
                 if bits & (ISR_CONFIG if source == CONFIG else ISR_QUEUE):
                     event.signal()
+
+    def _signal_all(self) -> None:
+        with self._guard:
+            for event in self._sinks.values():
+                event.signal()
 
     def _choices(self, source: int) -> list[int]:
         """Vectors to try, best first."""
@@ -118,17 +149,20 @@ class Interrupts:
         return [1 + source % (count - 1), 1, 0]
 
     def _listen(self, source: int, vector: int) -> None:
-        for sharers in self._sharers.values():
-            sharers.discard(source)
+        with self._guard:
+            for sharers in self._sharers.values():
+                sharers.discard(source)
         owner = self._owners.get(vector)
         if owner is None and source not in self._sinks:
+            with self._guard:
+                self._sinks[source] = EventFd.from_fd(self._vectors[vector].fileno())
             self._owners[vector] = source
-            self._sinks[source] = EventFd.from_fd(self._vectors[vector].fileno())
         elif owner != source:
             if self._fan_out is None:
                 self._fan_out = _FanOut(self._guard, self._sinks, self._sharers)
             with self._guard:
-                self._sinks.setdefault(source, EventFd())
+                if source not in self._sinks:
+                    self._sinks[source] = EventFd()
                 self._sharers.setdefault(vector, set()).add(source)
             self._fan_out.watch(vector, self._vectors[vector])
 
@@ -143,7 +177,8 @@ class Interrupts:
                 event.close()
             self._vectors.clear()
             self._owners.clear()
-            self._sharers.clear()
+            with self._guard:
+                self._sharers.clear()
 
 
 class _FanOut:
@@ -177,7 +212,7 @@ class _FanOut:
                 if descriptor not in self._watched:
                     return
                 with self._guard:
-                    for source in self._sharers.get(self._watched[descriptor], ()):
+                    for source in tuple(self._sharers.get(self._watched[descriptor], ())):
                         self._sinks[source].signal()
 
 
