@@ -126,6 +126,15 @@ def test_an_mtu_at_the_limit(raw: RawPciFunction, device: NetDevice, mtu: int, m
         both_ways(net, device)
 
 
+@pytest.mark.parametrize("mtu", [1500, 65535])
+def test_an_mtu_too_long_for_the_devices_own_queue_is_not_accepted(raw: RawPciFunction, device: NetDevice, mtu: int) -> None:
+    lie(raw, "mtu", mtu)
+    raw.force(raw.layout.common, Common.QUEUE_SIZE.offset, b"\x10\x00")
+    with PciTransport(raw) as transport, NetDriver(transport, wanted=WANTED - {NetFeature.MRG_RXBUF}) as net:
+        assert (net.receiveq.size, net.mtu, NetFeature.MTU in net.features) == (16, 1500, mtu == 1500)
+        both_ways(net, device)
+
+
 @pytest.mark.parametrize("mtu", [9000, 65535])
 def test_an_mtu_for_which_there_are_no_buffers(raw: RawPciFunction, mtu: int) -> None:
     """Without merged buffers, a pool that cannot hold one frame is the caller's to change."""

@@ -135,6 +135,13 @@ def test_driver_08_an_odd_size_is_only_ever_lowered(raw: RawPciFunction, size: i
         assert driver.queues[0].size == 8 and driver.ask(0) == 0
 
 
+@pytest.mark.parametrize("later", [0, 4])
+def test_driver_08_a_size_that_shrinks_is_the_devices_fault(raw: RawPciFunction, later: int) -> None:
+    raw.script(common(raw), Common.QUEUE_SIZE.offset, [64, later])
+    with PciTransport(raw) as transport, pytest.raises(TransportError, match=f"{later} entries now, and 64 when"):
+        NumbersDriver(transport)
+
+
 def test_driver_08_a_size_that_the_device_does_not_keep_is_an_error(raw: RawPciFunction) -> None:
     raw.force(common(raw), Common.QUEUE_SIZE.offset, pack("<H", 64))
     with PciTransport(raw) as transport, pytest.raises(TransportError, match="keeps size 64 where 8 was written"):
@@ -165,6 +172,13 @@ def test_driver_08_one_refused_vector_is_shared_instead(raw: RawPciFunction) -> 
         with NumbersDriver(transport) as driver:
             assert transport.vectors == 4
             assert [driver.ask(index) for index in range(3)] == [0, 1, 2]
+
+
+def test_queues_beyond_number_do_not_take_descriptors_beyond_number() -> None:
+    raw = RawPciFunction(over=EmulatedFunction(Numbers(), msix_vectors=400))
+    raw.force(raw.layout.common, Common.NUM_QUEUES.offset, b"\xfe\xff")
+    with PciTransport(raw) as transport:
+        assert transport.num_queues == 0xFFFE and transport.vectors == 64
 
 
 def test_driver_08_vectors_refused_and_no_pin_is_an_error(raw: RawPciFunction) -> None:

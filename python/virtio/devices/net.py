@@ -137,6 +137,8 @@ class NetDriver(AsyncBursts, Driver):
             most = min(self._queue_size, self.transport.queue_max(RECEIVEQ1), self.pool.slots)
             if self._rows >= most:
                 wanted = wanted - GUEST_OFFLOADS
+            if NetFeature.MTU in offered & wanted and not self._can_hold_mtu(offered & (required | wanted)):
+                wanted = wanted - {NetFeature.MTU}
         self.negotiate(required=required, wanted=wanted)
         self._header_size = net_header_size(self._features)
         self.mac: bytes = net_header.check_mac(self._field("mac")) if NetFeature.MAC in self._features else net_header.random_mac()
@@ -178,8 +180,7 @@ class NetDriver(AsyncBursts, Driver):
 
     def _make_port(self) -> DriverPort:
         """A port over both queues, with receive buffers in them."""
-        size = net_header.receive_buffer_size(self._features, self.mtu)
-        each = ceil(size / (self.pool.slot_size - self.pool.HEADROOM + self._header_size))
+        size, each = self._receive_buffer(self._features, self.mtu)
         buffers = max(1, self.pool.slots // 4 // each)
         port = DriverPort(
             self.receiveq, self.transmitq, self.pool, features=self._features, buffer_size=size, buffers=min(buffers, self.receiveq.size)
@@ -187,6 +188,16 @@ class NetDriver(AsyncBursts, Driver):
         self.transmitq.disarm()
         port.refill()
         return port
+
+    def _receive_buffer(self, features: Features, mtu: int) -> tuple[int, int]:
+        """Bytes of a receive buffer, and slots that it takes."""
+        size = net_header.receive_buffer_size(features, mtu)
+        return size, ceil(size / (self.pool.slot_size - self.pool.HEADROOM + net_header_size(features)))
+
+    def _can_hold_mtu(self, features: Features) -> bool:
+        """Whether the device's own queue is long enough for one frame of the device's own MTU."""
+        _, each = self._receive_buffer(features, self._number("mtu"))
+        return each <= self.transport.queue_max(RECEIVEQ1)
 
     def _field(self, name: str) -> bytes:
         try:

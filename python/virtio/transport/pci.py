@@ -79,6 +79,8 @@ class PciTransport:
             with suppress(VirtioError, OSError):
                 self._interrupts.close()
             raise
+        self._queue_max: dict[int, int] = {}
+        """What was told of each queue's size since the last reset."""
         self._config_mapped = False  # the reset that begins every initialization undoes it (4.1.5.1.2.1)
 
     @property
@@ -149,6 +151,7 @@ class PciTransport:
         """Asks for a device reset (2.4); `status` reads 0 when it is complete."""
         self._check_open()
         self._config_mapped = False
+        self._queue_max.clear()
         self._write(Common.DEVICE_STATUS, 0)
 
     @locked
@@ -179,16 +182,20 @@ class PciTransport:
         if not 0 <= index < self._read(Common.NUM_QUEUES):
             return 0
         self._write(Common.QUEUE_SELECT, index)
-        return self._read(Common.QUEUE_SIZE)
+        self._queue_max[index] = most = self._read(Common.QUEUE_SIZE)
+        return most
 
     @locked
     def queue_setup(self, index: int, size: int, areas: tuple[int, int, int]) -> EventFd:
         """Enables a queue (4.1.5.1.3); the eventfd stores its index to its notification address.
 
-        ValueError: no such queue, or more entries than it has. TransportError: the notification address lies outside its structure, no
-        vector is accepted, or the device does not enable the queue.
+        ValueError: no such queue, or more entries than it has. TransportError: it has fewer than `queue_max` told, the notification address
+        lies outside its structure, no vector is accepted, or the device does not enable the queue.
         """
+        told = self._queue_max.get(index, 0)
         most = self.queue_max(index)  # selects it
+        if most < size <= told:
+            raise TransportError(f"queue {index} may have {most} entries now, and {told} when that was read before (4.1.4.3)")
         if not 1 <= size <= most:
             raise ValueError(f"queue {index} may have 1 to {most} entries, not {size}" if most else f"the device has no queue {index}")
         if self._read(Common.QUEUE_ENABLE):
@@ -196,6 +203,7 @@ class PciTransport:
         doorbell = self._doorbell(index)
         if size != most:
             self._write(Common.QUEUE_SIZE, size)
+            self._queue_max[index] = size
             if (kept := self._read(Common.QUEUE_SIZE)) != size:
                 raise TransportError(f"queue {index} keeps size {kept} where {size} was written (4.1.4.3)")
         for field, address in zip((Common.QUEUE_DESC, Common.QUEUE_DRIVER, Common.QUEUE_DEVICE), areas, strict=True):
@@ -211,6 +219,7 @@ class PciTransport:
         """Resets one queue (2.6.1), which RING_RESET allows. TransportError: not done within `QUEUE_RESET_TIMEOUT` seconds."""
         self._check_open()
         deadline = monotonic() + QUEUE_RESET_TIMEOUT
+        self._queue_max.pop(index, None)
         self._write(Common.QUEUE_SELECT, index)
         self._write(Common.QUEUE_RESET, 1)
         while (busy := self._read(Common.QUEUE_RESET)) or self._read(Common.QUEUE_ENABLE):
