@@ -220,6 +220,82 @@ def test_qemu_killed_in_the_middle_wakes_who_waits(machines: Machines, interrupt
     transport.close()
 
 
+@pytest.mark.parametrize("interrupts", ["msix", "intx"])
+@pytest.mark.parametrize("line", ["IRQ raise nonsense", "IRQ lower \x00"])
+def test_a_line_that_is_none_of_qtests_is_named_and_wakes_who_waits(machines: Machines, interrupts: How, line: str) -> None:
+    machine = machines(RNG)
+    with only(machine, interrupts) as transport:
+        driver = RngDriver(transport)
+        asleep = threading.Event()
+        seen: list[BaseException] = []
+
+        def wait() -> None:
+            asleep.set()
+            try:
+                while True:
+                    driver.wait(60.0)
+            except TransportError as error:
+                seen.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        asleep.wait()
+        machine._qtest._lines._rest += f"{line}\n".encode()
+        with pytest.raises(TransportError, match="no line of that protocol: 'IRQ"):
+            _ = transport.status
+        thread.join(20)
+        assert not thread.is_alive() and "no line of that protocol" in str(seen[0])
+        with pytest.raises(TransportError, match="no line of that protocol"):
+            driver.close()
+        driver.close()
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "[" * 100_000, '{"return"', "7"])
+def test_a_line_that_is_none_of_the_monitors_is_named(machines: Machines, line: str) -> None:
+    machine = machines(RNG)
+    machine._qmp._lines._rest += f"{line}\n".encode()
+    with pytest.raises(TransportError, match="no message of that protocol"):
+        machine.qmp("query-status")
+
+
+def test_a_helper_that_fails_wakes_who_waits_and_tells_why(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machines(RNG)
+    with only(machine, "intx") as transport:
+        driver = RngDriver(transport)
+
+        def fail() -> None:
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(machine._helper, "_step", fail)
+        machine._helper._wake.signal()
+        assert transport.interrupt(0).wait(20), "whoever waits is woken"
+        machine._helper.join(20)
+        with pytest.raises(TransportError, match="Too many open files"):
+            driver.wait(20)
+        with pytest.raises(TransportError, match="Too many open files"):
+            driver.close()
+        driver.close()
+
+
+def test_a_handler_that_fails_is_told_and_wakes_who_waits(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    died: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr("threading.excepthook", died.append)
+    machine = machines("virtio-net-pci,disable-legacy=on,id=card")
+    with only(machine, "intx") as transport, Driver(transport) as driver:
+        driver.negotiate(wanted={16})  # STATUS
+        driver.setup_queue(0)
+        driver.driver_ok()
+
+        def fail() -> int:
+            raise RuntimeError("a mistake")
+
+        transport._interrupts._read_isr = fail
+        machine.qmp("set_link", name="card", up=False)
+        assert transport.interrupt(0).wait(20) and transport.config_interrupt.wait(20)
+        driver.check()  # others are served as before
+    assert [str(each.exc_value) for each in died] == ["a mistake"]
+
+
 def test_everything_is_closed_with_the_machine(machines: Machines) -> None:
     machine = machines(RNG, wires=["n0"])
     (function,) = machine.functions()

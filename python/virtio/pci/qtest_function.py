@@ -1,8 +1,10 @@
 """A PCI function in QEMU, driven over qtest, and the one thread that stands between its eventfds and its registers."""
 
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from select import POLLIN, poll
-from threading import Event, Lock, Thread, current_thread
+from threading import Event, ExceptHookArgs, Lock, Thread, current_thread
 from time import monotonic
 from types import MappingProxyType
 from typing import Final
@@ -39,6 +41,8 @@ class Helper(Thread):
         self._wake = EventFd()
         self._stopped = False
         self._ending = False
+        self._reason: str | None = None
+        """Why the thread ended early."""
         self._lock = Lock()
         self._handling = Lock()
         self._doorbells: dict[int, tuple[EventFd, str]] = {}
@@ -55,6 +59,8 @@ class Helper(Thread):
     def serve(self, qtest: Qtest, lines: frozenset[int]) -> None:
         """Begins to look after eventfds, and after these interrupt lines."""
         self._qtest, self._lines = qtest, lines
+        if self._reason is not None:
+            qtest.fail(self._reason)
         self._wake.signal()
 
     def ring(self, doorbell: EventFd, command: str) -> None:
@@ -115,8 +121,10 @@ class Helper(Thread):
         try:
             while not self._stopped:
                 self._step()
-        except TransportError:
-            self._end()
+        except TransportError as error:
+            self._end(str(error))
+        except Exception as error:
+            self._end(f"the thread that looks after QEMU's interrupts and doorbells failed: {error!r}")
 
     def _step(self) -> None:
         """One sleep, and what woke it."""
@@ -177,9 +185,13 @@ class Helper(Thread):
         except Exception:  # the handler's own mistake ends its calls, and nobody else's
             with self._lock:
                 self._handlers.pop(owner, None)
+            threading.excepthook(ExceptHookArgs((*sys.exc_info(), self)))  # told as if the thread were the handler's alone
 
-    def _end(self) -> None:
-        """QEMU is gone: whoever waits shall look."""
+    def _end(self, reason: str) -> None:
+        """QEMU is gone, or nobody looks after it: whoever waits shall look. This thread ends, and QEMU with it."""
+        self._reason = reason
+        if self._qtest is not None:
+            self._qtest.fail(reason)
         self._ending = True
         with self._lock:
             waking = [event for events in self._waking.values() for event in events]

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from select import POLLIN, POLLOUT, poll
-from socket import AF_UNIX, MSG_NOSIGNAL, SOCK_STREAM, send_fds, socket, socketpair
+from socket import AF_UNIX, MSG_NOSIGNAL, SHUT_RDWR, SOCK_STREAM, send_fds, socket, socketpair
 from struct import pack
 from threading import Lock
 from time import monotonic
@@ -17,6 +18,8 @@ ANSWER_TIMEOUT: Final = 20.0
 BATCH: Final = 128
 """Commands that are sent before answers are read: few enough that neither socket buffer fills."""
 LONGEST_LINE: Final = 1 << 20
+SHOWN: Final = 200
+"""Characters of a strange line that go into an exception."""
 
 
 class _Lines:
@@ -65,6 +68,11 @@ class _Lines:
             if len(rest) > LONGEST_LINE or monotonic() >= deadline:
                 raise TransportError(f"QEMU sent {len(rest)} bytes over {self._name} and no end of a line")
 
+    def end(self) -> None:
+        """Ends the connection; the descriptor stays, and polls as hung up."""
+        with suppress(OSError):  # it has ended
+            self._end.shutdown(SHUT_RDWR)
+
     def close(self) -> None:
         self._end.close()
 
@@ -102,10 +110,10 @@ class Qtest:
                     while len(answers) < start + len(part):
                         answers += self._sort(self._lines.receive())
             except TransportError as error:
-                self._failed = str(error)
+                self._fail(str(error))
                 raise
             except BaseException as error:  # Ctrl-C, say: answers are still under way, and nobody can tell to what
-                self._failed = f"a call into QEMU was interrupted ({error!r})"
+                self._fail(f"a call into QEMU was interrupted ({error!r})")
                 raise
         for command, answer in zip(commands, answers, strict=False):
             if not answer.startswith("OK"):
@@ -127,8 +135,17 @@ class Qtest:
             try:
                 self._sort(self._lines.receive(wait=False))
             except TransportError as error:
-                self._failed = str(error)
+                self._fail(str(error))
                 raise
+
+    def fail(self, reason: str) -> None:
+        """Every call raises `TransportError` from now on, with this reason unless there was another."""
+        with self._lock:
+            self._fail(self._failed or reason)
+
+    def _fail(self, reason: str) -> None:
+        self._failed = reason
+        self._lines.end()  # which wakes the helper, and it whoever waits
 
     def close(self) -> None:
         """Ends the connection."""
@@ -143,13 +160,20 @@ class Qtest:
         for line in lines:
             match line.split():
                 case ["IRQ", "raise", number]:
-                    self.raised.add(int(number, 0))
+                    self.raised.add(_number(number, line))
                     self.changed.signal()
                 case ["IRQ", "lower", number]:
-                    self.raised.discard(int(number, 0))
+                    self.raised.discard(_number(number, line))
                 case _:
                     answers.append(line)
         return answers
+
+
+def _number(word: str, line: str) -> int:
+    try:
+        return int(word, 0)
+    except ValueError:
+        raise TransportError(f"QEMU sent over qtest what is no line of that protocol: {line[:SHOWN]!r}") from None
 
 
 class Qmp:
@@ -172,7 +196,10 @@ class Qmp:
                 self._ready = True
             answer = self._exchange(command, arguments)
         if "error" in answer:
-            raise ValueError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+            error = answer["error"]
+            raise ValueError(f"QEMU refuses {command}: {error.get('desc') if isinstance(error, dict) else error}")
+        if "return" not in answer:
+            raise TransportError(f"QEMU answers {command} with neither a result nor an error: {str(answer)[:SHOWN]}")
         return answer["return"]
 
     def close(self) -> None:
@@ -188,13 +215,23 @@ class Qmp:
         while True:
             found: dict[str, Any] | None = None
             for line in self._lines.receive():
-                message: dict[str, Any] = json.loads(line)
+                message = _message(line)
                 if "event" in message:
                     self.events.append(message)
                 elif key in message and value in (None, message[key]):
                     found = message
             if found is not None:
                 return found
+
+
+def _message(line: str) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise TransportError(f"QEMU sent over QMP what is no message of that protocol: {line[:SHOWN]!r}")
+    return message
 
 
 class Bells:
