@@ -395,18 +395,29 @@ class Driver:
         """Resets the device, closes the queues, detaches the memory, and closes it if it was made here. Closing twice is closing once.
 
         TransportError, StatusError: the device cannot be reset, because it or the transport is gone. The memory is detached all the same,
-        but queues and buffers in it stay until `close` is called again.
+        but queues and buffers in it stay until `close` is called again; unless the transport knows that nobody writes there any more.
         BufferError: somebody still looks into the driver's own memory; close again when that has ended.
         """
         if self._state is not DriverState.CLOSED:
             try:
-                if self._state is not DriverState.NEW:
-                    self.reset()
-            finally:
-                self._state = DRIVER_TABLE.target(self._state, DriverStep.CLOSE)
-                self._events.close()
-                with suppress(ValueError):  # a transport that was closed first has let go of it
-                    self.transport.detach(self.memory)
+                self._leave()
+            except (TransportError, StatusError):
+                if getattr(self.transport, "gone", False):
+                    self._free()
+                raise
+        self._free()
+
+    def _leave(self) -> None:
+        try:
+            if self._state is not DriverState.NEW:
+                self.reset()
+        finally:
+            self._state = DRIVER_TABLE.target(self._state, DriverStep.CLOSE)
+            self._events.close()
+            with suppress(ValueError):  # a transport that was closed first has let go of it
+                self.transport.detach(self.memory)
+
+    def _free(self) -> None:
         for enabled in self._enabled.values():  # no reset came through, but the memory is out of the device's reach
             enabled.queue.reset()
             enabled.queue.close()

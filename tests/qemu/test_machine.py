@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.qemu.conftest import How, Machines, at, only
-from virtio import EventFd, Memory, StatusError, TransportError
+from virtio import EventFd, Memory, NetDriver, StatusError, TransportError
 from virtio.devices.rng import RngDriver
 from virtio.driver import Driver
 from virtio.pci import config
@@ -296,6 +296,42 @@ def test_a_handler_that_fails_is_told_and_wakes_who_waits(machines: Machines, mo
     assert [str(each.exc_value) for each in died] == ["a mistake"]
 
 
+def test_qemu_killed_inside_blocks_is_said_so(binary: str) -> None:
+    with (
+        pytest.raises(TransportError, match="signal 9"),
+        QemuMachine(["virtio-net-pci,netdev=n0,disable-legacy=on"], wires=["n0"], binary=binary) as machine,
+        only(machine) as transport,
+        NetDriver(transport) as net,
+    ):
+        os.kill(machine.pid, signal.SIGKILL)
+        while True:
+            net.send_frames([bytes(60)])
+            net.wait(1)
+
+
+def test_queues_are_given_back_at_once_when_qemu_is_dead(machines: Machines) -> None:
+    machine = machines("virtio-net-pci,disable-legacy=on")
+    transport = only(machine)
+    net = NetDriver(transport)
+    assert not transport.gone
+    os.kill(machine.pid, signal.SIGKILL)
+    with pytest.raises(TransportError, match="signal 9"):
+        net.close()
+    assert transport.gone and not net.queues
+    transport.close()
+    machine.close()
+    assert machine.memory.closed
+
+
+def test_what_is_on_its_way_is_not_replaced_when_the_ram_is_in_use(binary: str) -> None:
+    with pytest.raises(ZeroDivisionError), QemuMachine([RNG], binary=binary) as machine:
+        view = memoryview(machine.memory)
+        raise ZeroDivisionError
+    view.release()
+    machine.close()
+    assert machine.memory.closed
+
+
 def test_everything_is_closed_with_the_machine(machines: Machines) -> None:
     machine = machines(RNG, wires=["n0"])
     (function,) = machine.functions()
@@ -371,6 +407,20 @@ def test_qemu_ends_when_its_user_is_killed(binary: str, how: signal.Signals) -> 
         assert user.stdout is not None
         pid = int(user.stdout.readline())
         user.send_signal(how)
+        user.wait(20)
+    assert ended(pid)
+
+
+def test_qemu_ends_with_its_user_where_setpriv_is_missing(binary: str, tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom virtio.pci.qtest import QemuMachine\n"
+        f"machine = QemuMachine(['virtio-rng-pci'], binary={binary!r})\nprint(machine.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as user:
+        assert user.stdout is not None
+        pid = int(user.stdout.readline())
+        user.send_signal(signal.SIGKILL)
         user.wait(20)
     assert ended(pid)
 

@@ -31,6 +31,8 @@ class PciFunction(Protocol):
     device that was removed reads as all ones. Any call may raise `TransportError` (the way to the device is gone), and `StatusError` once
     the function is closed; ValueError is a caller's: an offset that is not a multiple of `width`, or outside configuration space or the
     BAR, a value wider than `width`, a BAR that is not there.
+
+    A function may have an attribute `gone`: true once its device has ended for good, and writes to no memory any more.
     """
 
     @property

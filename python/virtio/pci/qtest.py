@@ -9,6 +9,7 @@ The machine's RAM is a `Memory`. Its processors do nothing; time is real time. Q
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from socket import AF_UNIX, SOCK_DGRAM, SOCK_STREAM, socket, socketpair
@@ -160,7 +161,11 @@ class QemuMachine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except BufferError:
+            if error is None:  # else what is on its way says more, and holds the frames whose objects use the RAM
+                raise
 
     def _start(
         self,
@@ -216,8 +221,7 @@ class QemuMachine:
             for option in devices:
                 arguments += ["-device", option]
             arguments += options
-            if (parent := shutil.which("setpriv")) is not None:  # QEMU is killed when the thread that starts it ends: our helper's
-                arguments = [parent, "--pdeathsig", "KILL", *arguments]
+            arguments = _ending_with_us(arguments)
             inherited = [bios, ram, self._bells.theirs.fileno(), *(end.fileno() for end in theirs), *pass_fds]
 
             def begin() -> None:
@@ -258,10 +262,20 @@ class QemuMachine:
         for each in found:
             if each.header == 0 and not _of_the_board(each):
                 function = QtestFunction(
-                    each, access=self, qtest=self._qtest, helper=self._helper, memory=self.memory, bells=self._bells, register=register
+                    each,
+                    access=self,
+                    qtest=self._qtest,
+                    helper=self._helper,
+                    memory=self.memory,
+                    bells=self._bells,
+                    register=register,
+                    ended=self._has_ended,
                 )
                 self._functions.append(function)
                 self._stack.callback(function.close)
+
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     def _explain(self) -> str:
         """Why the connection ended."""
@@ -280,6 +294,26 @@ class QemuMachine:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_TIMEOUT)
+
+
+EXEC: Final = """\
+import ctypes, os, sys
+if ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0):
+    sys.exit("prctl(PR_SET_PDEATHSIG): " + os.strerror(ctypes.get_errno()))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("whoever started this has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""What setpriv does, for where it is not."""
+
+
+def _ending_with_us(arguments: list[str]) -> list[str]:
+    """A command that is killed when the thread that starts it ends: our helper's. TransportError: nothing here arranges for that."""
+    if (setpriv := shutil.which("setpriv")) is not None:
+        return [setpriv, "--pdeathsig", "KILL", *arguments]
+    if not sys.executable:
+        raise TransportError("setpriv not found: install the Debian package util-linux")
+    return [sys.executable, "-I", "-S", "-c", EXEC, str(os.getpid()), *arguments]
 
 
 BELLS: Final = Place(0, 0x1E, 0)

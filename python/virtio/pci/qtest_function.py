@@ -214,8 +214,20 @@ class QtestFunction:
 
     access_platform: Final = True
 
-    def __init__(self, found: Found, *, access: Access, qtest: Qtest, helper: Helper, memory: Memory, bells: Bells, register: int) -> None:
-        """`register` is the address of the doorbell register of `bells`."""
+    def __init__(
+        self,
+        found: Found,
+        *,
+        access: Access,
+        qtest: Qtest,
+        helper: Helper,
+        memory: Memory,
+        bells: Bells,
+        register: int,
+        ended: Callable[[], bool],
+    ) -> None:
+        """`register` is the address of the doorbell register of `bells`; `ended` tells whether QEMU has."""
+        self._ended = ended
         self._found = found
         self._access, self._qtest, self._helper, self._bells, self._register = access, qtest, helper, bells, register
         self._memory = memory
@@ -249,6 +261,11 @@ class QtestFunction:
     def memory(self) -> Memory | None:
         """The machine's RAM: the only memory that QEMU's devices reach."""
         return self._memory
+
+    @property
+    def gone(self) -> bool:
+        """Whether QEMU has ended: its devices write to no memory any more."""
+        return self._ended()
 
     def config_read(self, offset: int, width: int) -> int:
         """Reads configuration space: `offset` 0 to 4095 on q35, to 255 on pc."""

@@ -101,6 +101,11 @@ class PciTransport:
         return self._interrupts.vectors
 
     @property
+    def gone(self) -> bool:
+        """Whether the device ended for good, so that it writes to no memory any more. False also where that cannot be known."""
+        return bool(getattr(self.function, "gone", False))
+
+    @property
     @locked
     def status(self) -> Status:
         """The device status field (2.1); 0xff from a device that is gone."""
