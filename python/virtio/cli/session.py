@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -136,7 +136,6 @@ def _start_qemu(stack: ExitStack, far: Namespace, wishes: Wishes) -> "PciFunctio
         netdevs=[f"tap,id=peer,fd={tap},vhost=off"],
         pass_fds=[tap],
     )
-    stack.enter_context(suppress(BufferError))  # the RAM stays as long as somebody knows the driver's pool: until this process ends
     stack.enter_context(machine)
     (function,) = machine.functions()
     return function
