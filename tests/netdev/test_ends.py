@@ -252,3 +252,50 @@ def test_in_a_user_namespace(mode: str, said: str) -> None:
     command = ["unshare", "--mount", "sh", "-c", CLOSED.format(mode=mode) + '"$@"', "sh", *inner]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.stdout.strip(), done.stderr) == (said, "")
+
+
+def test_an_interface_is_not_stopped_from_its_own_thread_and_nobody_waits_for_ever() -> None:
+    with Cable() as cable:
+        pair = cable.pair()
+        before, seen = cable.driver.on_link, threading.Event()
+
+        def stops(up: bool) -> None:
+            if before is not None:
+                before(up)
+            seen.set()
+            pair.stop()
+
+        cable.driver.on_link = stops
+        cable.device.link = False
+        assert seen.wait(30)
+        stopping = threading.Thread(target=pair.stop, daemon=True)
+        stopping.start()
+        stopping.join(30)
+        assert not stopping.is_alive()
+        assert isinstance(pair.error, StatusError) and "own thread" in str(pair.error)
+        cable.driver.on_link = before
+        pair.start()
+        assert pair.running
+
+
+def test_threads_that_cannot_be_had_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cable() as cable:
+        pair = Netdev.pair(cable.vn0, cable.peer0)
+        start = threading.Thread.start
+        started: list[threading.Thread] = []
+
+        def fails(thread: threading.Thread) -> None:
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            start(thread)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fails)
+            with pytest.raises(RuntimeError, match="new thread"):
+                pair.start()
+        assert not pair.running and not started[0].is_alive()
+        pair.start()
+        assert pair.running
+        pair.close()
+        assert pair.wait(0)

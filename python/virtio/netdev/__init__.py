@@ -23,7 +23,7 @@ import select
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import ceil
-from threading import Lock, RLock, Thread
+from threading import Lock, RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -80,6 +80,7 @@ class _Running:
 
     def start(self) -> None:
         """Plugs the cables in: frames move from now on. StatusError, ValueError, TapError: as `Netdev.start`."""
+        self._check_thread()
         with self._lock:
             if self._closed:
                 raise StatusError("the interface is closed")
@@ -101,13 +102,23 @@ class _Running:
             self._ended.drain()
             stop = EventFd()
             self._stop_watching = stop
-            self._threads = [Thread(target=self._run, args=(runner,), name="virtio-pump", daemon=True) for runner in self._runners]
-            self._threads.append(Thread(target=self._watch, args=(stop,), name="virtio-link", daemon=True))
-            for thread in self._threads:
-                thread.start()
+            threads = [Thread(target=self._run, args=(runner,), name="virtio-pump", daemon=True) for runner in self._runners]
+            threads.append(Thread(target=self._watch, args=(stop,), name="virtio-link", daemon=True))
+            for thread in threads:
+                self._threads.append(thread)
+                try:
+                    thread.start()
+                except BaseException:  # no more threads to be had
+                    self._threads.pop()
+                    self.stop()
+                    raise
 
     def stop(self) -> None:
-        """Pulls the cable: returns once nothing moves any more. The interface stays, and can be started again."""
+        """Pulls the cable: returns once nothing moves any more. The interface stays, and can be started again.
+
+        StatusError, here as for `start` and `close`: called from a port's `on_link`, which runs in the interface's own thread.
+        """
+        self._check_thread()
         with self._lock:
             for runner in self._runners:
                 runner.stop()
@@ -124,6 +135,7 @@ class _Running:
 
     def close(self) -> None:
         """Stops it and removes the interface. Closing twice is closing once; what ended it is in `error`."""
+        self._check_thread()
         with self._lock:
             if not self._closed:
                 self.stop()
@@ -139,6 +151,9 @@ class _Running:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until it has ended, and raises what ended it; true if it was stopped, false if `timeout` seconds have passed."""
+        if self._closed:
+            self.check()
+            return True
         sleep_on = select.poll()
         sleep_on.register(self._ended.fileno(), select.POLLIN)
         ready = sleep_on.poll(None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000))
@@ -150,6 +165,10 @@ class _Running:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _check_thread(self) -> None:
+        if current_thread() in self._threads:  # it would wait for itself, or for one who waits for it
+            raise StatusError("an interface is not started, stopped or closed from its own thread, where on_link is called")
 
     def _unplug(self) -> None:
         for member in self._members:
