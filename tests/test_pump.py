@@ -234,3 +234,26 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_a_device_tells_its_doorbells() -> None:
     assert NetDevice().doorbell(0) is None
+
+
+def test_a_queue_has_one_pump_at_a_time(ring_format: str) -> None:
+    lane = Lane(ring_format, "transmit")
+    runner = PumpRunner([lane.far_pump])
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            runner.run()
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    asleep(lane.far_pump)
+    second = Pump.device_transmit(lane.device, lane.far.near.fileno(), features=lane.features, doorbell=lane.doorbell)
+    with pytest.raises(StatusError, match="has a pump that runs already"):
+        PumpRunner([second]).run()
+    assert not second.running
+    lane.device.close()  # and the first one hears of it
+    thread.join(30)
+    assert not thread.is_alive() and isinstance(ended[0], StatusError)

@@ -161,11 +161,23 @@ impl DriverQueue {
         error
     }
 
-    /// For a pump's runner, which `wake` wakes when the queue closes or breaks; `None` when it has ended.
-    pub fn watch(&self, py: Python<'_>, wake: Option<Arc<Wake>>) -> Result<(), Error> {
-        let old = std::mem::replace(&mut self.lock(py)?.wake, wake);
-        drop(old);
+    /// For a pump's runner, which `wake` wakes when the queue closes or breaks. There is one pump at a time.
+    pub fn watch(&self, py: Python<'_>, wake: &Arc<Wake>) -> Result<(), Error> {
+        let mut state = self.lock(py)?;
+        if state.wake.is_some() {
+            return Err(Error::Status(format!("queue {} has a pump that runs already", self.ring.index)));
+        }
+        state.wake = Some(wake.clone());
         Ok(())
+    }
+
+    /// That runner has ended. Another's stays.
+    pub fn unwatch(&self, py: Python<'_>, wake: &Arc<Wake>) {
+        if let Ok(mut state) = self.lock(py) {
+            let old = state.wake.take_if(|known| Arc::ptr_eq(known, wake));
+            drop(state);
+            drop(old);
+        }
     }
 
     /// As [`DriverQueue::with_memory`], for bursts.

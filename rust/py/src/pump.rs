@@ -100,10 +100,10 @@ impl Pump {
         })
     }
 
-    fn watch(&self, py: Python<'_>, wake: Option<&Arc<Wake>>) -> Result<(), Error> {
+    fn watch(&self, py: Python<'_>, wake: &Arc<Wake>) -> Result<(), Error> {
         match &self.queue {
-            Queue::Driver(queue) => queue.get().watch(py, wake.cloned()),
-            Queue::Device(queue) => queue.watch(py, wake.cloned()),
+            Queue::Driver(queue) => queue.get().watch(py, wake),
+            Queue::Device(queue) => queue.watch(py, wake),
         }
     }
 
@@ -128,9 +128,11 @@ impl Pump {
     }
 
     /// What `start` did is undone.
-    fn end(&self, py: Python<'_>, work: Box<Work>) {
-        // A queue that is closed watches nothing.
-        let _ = self.watch(py, None);
+    fn end(&self, py: Python<'_>, work: Box<Work>, wake: &Arc<Wake>) {
+        match &self.queue {
+            Queue::Driver(queue) => queue.get().unwatch(py, wake),
+            Queue::Device(queue) => queue.unwatch(py, wake),
+        }
         self.running.store(false, Relaxed);
         *lock(py, &self.place) = Place::Here(work);
     }
@@ -424,17 +426,17 @@ impl PumpRunner {
         let mut taken: Vec<Running<'_>> = Vec::with_capacity(self.pumps.len());
         for pump in &self.pumps {
             let pump = pump.get();
-            let started = pump.start(py).and_then(|work| match pump.watch(py, Some(&self.shared.wake)) {
+            let started = pump.start(py).and_then(|work| match pump.watch(py, &self.shared.wake) {
                 Ok(()) => Ok(work),
                 Err(error) => {
-                    pump.end(py, work);
+                    pump.end(py, work, &self.shared.wake);
                     Err(error)
                 }
             });
             match started {
                 Ok(work) => taken.push(Running { pump, work, runner: &self.shared, starved: false }),
                 Err(error) => {
-                    taken.into_iter().for_each(|running| running.pump.end(py, running.work));
+                    taken.into_iter().for_each(|running| running.pump.end(py, running.work, &self.shared.wake));
                     return Err(error);
                 }
             }
@@ -464,7 +466,7 @@ impl PumpRunner {
         self.shared.process.check()?;
         let mut stations = self.start(py)?;
         let result = py.detach(|| runner::run(&mut stations, &self.shared.wake));
-        stations.into_iter().for_each(|running| running.pump.end(py, running.work));
+        stations.into_iter().for_each(|running| running.pump.end(py, running.work, &self.shared.wake));
         result?;
         match lock(py, &self.shared.first).take() {
             Some(error) => Err(Error::Python(PyErr::from_value(error.into_bound(py)))),

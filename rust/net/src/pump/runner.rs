@@ -113,7 +113,7 @@ pub fn run<S: Station>(stations: &mut [S], wake: &Wake) -> Result<(), MemoryErro
             moved |= place.last.moved > 0;
             Ok(())
         });
-        if !moved {
+        if !moved && !places.is_empty() {
             rest(&mut places, wake)?;
         }
     }
