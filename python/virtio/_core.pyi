@@ -719,7 +719,7 @@ class PumpRunner:
         pump is closed or runs already, or its queue is closed; then none was started.
         """
     def stop(self) -> None:
-        """Ends `run`, or the next one at once; from any thread. Does not wait for it."""
+        """Ends `run`, now and for good: a later one ends at once. From any thread; does not wait for it."""
     @property
     def failed(self) -> EventFd:
         """Signalled whenever a pump stops with an error, which its `error` then tells."""

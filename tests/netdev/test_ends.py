@@ -299,3 +299,18 @@ def test_threads_that_cannot_be_had_leave_it_as_it_was(monkeypatch: pytest.Monke
         assert pair.running
         pair.close()
         assert pair.wait(0)
+
+
+def test_an_interface_that_is_dropped_ends_though_its_port_lives() -> None:
+    with LoopbackTransport(NetDevice()) as transport, NetDriver(transport) as net, Namespace() as namespace:
+        for _ in range(3):  # the name is free again each time
+            dropped = Netdev(net, "vn0", namespace=namespace)
+            assert "vn0" in socket_names(namespace)
+            del dropped
+            gc.collect()
+            assert "vn0" not in socket_names(namespace)
+
+
+def socket_names(namespace: Namespace) -> list[str]:
+    with namespace.entered():
+        return [name for _, name in socket.if_nameindex()]

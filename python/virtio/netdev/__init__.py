@@ -26,6 +26,7 @@ from math import ceil
 from threading import Lock, RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Self
+from weakref import WeakMethod
 
 from virtio._core import EventFd, Pump, PumpRunner
 from virtio.driver import LONGEST_SLEEP
@@ -266,6 +267,7 @@ class Netdev(_Running):
         self._carrying = Lock()
         self._owner: NetdevPair | None = None
         self._linked_before: Any = None
+        self._link_hook: Any = None
         super().__init__(self)
         try:
             if namespace is not None:
@@ -277,7 +279,7 @@ class Netdev(_Running):
                     self._interface.mac = mac
                 self._interface.set_mtu(self.mtu)
                 self._interface.add_addresses(addresses)
-            port.on_link, self._linked_before = self._linked, port.on_link
+            self._hook()
         except BaseException:
             self._remove()
             self._ended.close()
@@ -360,6 +362,17 @@ class Netdev(_Running):
             for pump in pumps:
                 pump.close()
 
+    def _hook(self) -> None:
+        """Hears of the port's link from now on. The port does not keep the interface alive for that."""
+        weak, before = WeakMethod(self._linked), getattr(self.port, "on_link", None)
+
+        def linked(up: bool) -> None:
+            if (heard := weak() or before) is not None:
+                heard(up)
+
+        self._linked_before, self._link_hook = before, linked
+        self.port.on_link = linked
+
     def _linked(self, up: bool) -> None:
         """Called by the port: its link went up or down."""
         if self.running or (self._owner is not None and self._owner.running):
@@ -374,12 +387,12 @@ class Netdev(_Running):
                 tap.set_carrier(self._tap, up)
 
     def _remove(self) -> None:
-        if self.port.on_link == self._linked:
-            self.port.on_link = self._linked_before
         for descriptor in (self._tap, self._namespace):
             if descriptor >= 0:
                 os.close(descriptor)
         self._tap = self._namespace = -1
+        if self._link_hook is not None and getattr(self.port, "on_link", None) is self._link_hook:
+            self.port.on_link = self._linked_before
 
 
 class NetdevPair(_Running):

@@ -474,7 +474,7 @@ impl PumpRunner {
         }
     }
 
-    /// Ends `run`, or the next one at once; from any thread.
+    /// Ends `run`, now and for good: a later one ends at once.
     fn stop(&self) -> Result<(), Error> {
         self.shared.process.check()?;
         self.shared.wake.stop();
