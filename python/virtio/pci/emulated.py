@@ -22,12 +22,7 @@ from virtio.pci.function import Bar
 from virtio.pci.signals import Signals
 from virtio.pci.space import MSIX_BAR, ConfigSpace
 from virtio.status import locked
-
-FIRST_ADDRESS: Final = 1 << 32
-"""Where the device sees the first memory."""
-
-ADDRESS_STEP: Final = 1 << 30
-"""Memories begin at multiples of this, with a gap between them."""
+from virtio.transport import Attachments
 
 MESSAGE_ADDRESS: Final = 0xFEE0_0000
 """What `enable_msix` writes as address of every vector, and the vector's number as data: nothing here is ever sent there."""
@@ -76,8 +71,7 @@ class EmulatedFunction:
         for entry in range(msix_vectors):
             self._table[entry * MSIX_ENTRY_SIZE + 12] = 1  # masked, as after power-on
         self._nowhere = EventFd()
-        self._memories: list[tuple[Memory, int]] = []
-        self._next_address = FIRST_ADDRESS
+        self._attachments = Attachments(device.memory)
         self._update_signals()
 
     @property
@@ -213,24 +207,14 @@ class EmulatedFunction:
     def attach(self, memory: Memory) -> int:
         """Maps `memory` into the device's; returns its address there. ValueError: it is attached already."""
         self._check_open()
-        if any(known is memory for known, _ in self._memories):
-            raise ValueError("the memory is attached already")
-        address = self._next_address
-        self.device.memory.add(address, memory)
+        address = self._attachments.attach(memory)
         self._space.set_master()
-        self._memories.append((memory, address))
-        self._next_address += (memory.size // ADDRESS_STEP + 2) * ADDRESS_STEP
         return address
 
     @locked
     def detach(self, memory: Memory) -> None:
         """Takes `memory` out of the device's again. ValueError: it is not attached."""
-        for place, (known, address) in enumerate(self._memories):
-            if known is memory:
-                self.device.memory.remove(address)
-                del self._memories[place]
-                return
-        raise ValueError("the memory is not attached")
+        self._attachments.detach(memory)
 
     def serve(self) -> int:
         """Runs the device until nothing is left to do; returns how many handlers it called."""
@@ -245,9 +229,7 @@ class EmulatedFunction:
             self._closed = True
             self._common.reset()
             self.device.connect(None)
-            for _, address in self._memories:
-                self.device.memory.remove(address)
-            self._memories.clear()
+            self._attachments.clear()
             self._common.close()
             self._signals.close()
             self._nowhere.close()

@@ -2,7 +2,7 @@
 
 from typing import Final, Protocol, runtime_checkable
 
-from virtio._core import EventFd, Memory
+from virtio._core import EventFd, GuestMemory, Memory
 from virtio.features import Features, describe
 from virtio.spec import Feature, Status
 
@@ -117,3 +117,44 @@ class Alternating(Protocol):
 
     def serve(self) -> int:
         """Runs the device as far as it goes without waiting; returns how many handlers it called. Their exceptions come through."""
+
+
+FIRST_ADDRESS: Final = 1 << 32
+"""Where a device in this process sees the first memory: far from 0, so that an offset taken for an address is noticed."""
+
+ADDRESS_STEP: Final = 1 << 30
+"""Memories begin at multiples of this, with a gap between them."""
+
+
+class Attachments:
+    """A driver's memories in what a device in this process reaches, `guest`: `attach` and `detach` of its transport."""
+
+    def __init__(self, guest: GuestMemory) -> None:
+        self._guest = guest
+        self._memories: list[tuple[Memory, int]] = []
+        self._next_address = FIRST_ADDRESS
+
+    def attach(self, memory: Memory) -> int:
+        """Maps `memory` into the device's; returns its address there. ValueError: it is attached already."""
+        if any(known is memory for known, _ in self._memories):
+            raise ValueError("the memory is attached already")
+        address = self._next_address
+        self._guest.add(address, memory)
+        self._memories.append((memory, address))
+        self._next_address += (memory.size // ADDRESS_STEP + 2) * ADDRESS_STEP
+        return address
+
+    def detach(self, memory: Memory) -> None:
+        """Takes `memory` out of the device's again. ValueError: it is not attached."""
+        for place, (known, address) in enumerate(self._memories):
+            if known is memory:
+                self._guest.remove(address)
+                del self._memories[place]
+                return
+        raise ValueError("the memory is not attached")
+
+    def clear(self) -> None:
+        """Takes all of them out."""
+        for _, address in self._memories:
+            self._guest.remove(address)
+        self._memories.clear()

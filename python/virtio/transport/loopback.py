@@ -7,20 +7,14 @@ Notifications are eventfds, as elsewhere.
 """
 
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from virtio._core import EventFd, Memory
 from virtio.device import Device
 from virtio.errors import StatusError
 from virtio.features import Features
 from virtio.spec import Status
-from virtio.transport import CARRIED
-
-FIRST_ADDRESS: Final = 1 << 32
-"""Where the device sees the first memory: far from 0, so that an offset taken for an address is noticed."""
-
-ADDRESS_STEP: Final = 1 << 30
-"""Memories begin at multiples of this, with a gap between them."""
+from virtio.transport import CARRIED, Attachments
 
 
 class LoopbackTransport:
@@ -36,8 +30,7 @@ class LoopbackTransport:
         self._device: Device | None = device
         self._doorbells: dict[int, EventFd] = {}
         self._interrupts: dict[int, EventFd] = {}
-        self._memories: list[tuple[Memory, int]] = []
-        self._next_address = FIRST_ADDRESS
+        self._attachments = Attachments(device.memory)
 
     @property
     def device(self) -> Device:
@@ -114,23 +107,13 @@ class LoopbackTransport:
 
     def attach(self, memory: Memory) -> int:
         """Maps `memory` into the device's; returns its address there. ValueError: it is attached already."""
-        device = self.device
-        if any(known is memory for known, _ in self._memories):
-            raise ValueError("the memory is attached already")
-        address = self._next_address
-        device.memory.add(address, memory)
-        self._memories.append((memory, address))
-        self._next_address += (memory.size // ADDRESS_STEP + 2) * ADDRESS_STEP
-        return address
+        if self._device is None:
+            raise StatusError("the transport is closed")
+        return self._attachments.attach(memory)
 
     def detach(self, memory: Memory) -> None:
         """Takes `memory` out of the device's again. ValueError: it is not attached."""
-        for place, (known, address) in enumerate(self._memories):
-            if known is memory:
-                self.device.memory.remove(address)
-                del self._memories[place]
-                return
-        raise ValueError("the memory is not attached")
+        self._attachments.detach(memory)
 
     def serve(self) -> int:
         """Runs the device until nothing is left to do; returns how many handlers it called."""
@@ -143,9 +126,7 @@ class LoopbackTransport:
         device, self._device = self._device, None
         device.reset()
         device.connect(None)
-        for _, address in self._memories:
-            device.memory.remove(address)
-        self._memories.clear()
+        self._attachments.clear()
         for event in (*self._doorbells.values(), *self._interrupts.values(), self._config_interrupt):
             event.close()
 
