@@ -64,6 +64,8 @@ class _Running:
         self._ended = EventFd()
         self._ended.signal()
         self._closed = False
+        self._process = os.getpid()
+        self._stop_watching: EventFd | None = None
 
     @property
     def running(self) -> bool:
@@ -81,7 +83,7 @@ class _Running:
 
     def start(self) -> None:
         """Plugs the cables in: frames move from now on. StatusError, ValueError, TapError: as `Netdev.start`."""
-        self._check_thread()
+        self._check_caller()
         with self._lock:
             if self._closed:
                 raise StatusError("the interface is closed")
@@ -117,26 +119,34 @@ class _Running:
     def stop(self) -> None:
         """Pulls the cable: returns once nothing moves any more. The interface stays, and can be started again.
 
-        StatusError, here as for `start` and `close`: called from a port's `on_link`, which runs in the interface's own thread.
+        StatusError, here as for `start` and `close`: called from a port's `on_link`, which runs in the interface's own thread. Here as for
+        `start`: called in a forked child of the process that made the interface.
         """
-        self._check_thread()
+        self._check_caller()
         with self._lock:
             for runner in self._runners:
                 runner.stop()
-            if self._threads:
+            if self._stop_watching is not None:
                 self._stop_watching.signal()
             for thread in self._threads:
                 thread.join()
-            if self._threads:
+            if self._stop_watching is not None:
                 self._stop_watching.close()
+                self._stop_watching = None
             self._unplug()
             self._threads, self._runners = [], []
             if not self._closed:
                 self._ended.signal()
 
     def close(self) -> None:
-        """Stops it and removes the interface. Closing twice is closing once; what ended it is in `error`."""
-        self._check_thread()
+        """Stops it and removes the interface. Closing twice is closing once; what ended it is in `error`.
+
+        A forked child lets go of its own descriptors, and no more: interface, threads and port are its parent's.
+        """
+        if os.getpid() != self._process:
+            self._let_go()
+            return
+        self._check_caller()
         with self._lock:
             if not self._closed:
                 self.stop()
@@ -167,7 +177,23 @@ class _Running:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _check_thread(self) -> None:
+    def _let_go(self) -> None:
+        """Closes the descriptors that a forked child has. Locks and threads are as the parent's were, and nobody is there to change that."""
+        if self._closed:
+            return
+        self._closed = True
+        self._threads, self._runners = [], []
+        for event in (self._stop_watching, self._ended):
+            if event is not None:
+                event.close()
+        for member in self._members:
+            for pump in member._pumps or ():
+                pump.close()
+            member._remove()
+
+    def _check_caller(self) -> None:
+        if os.getpid() != self._process:
+            raise StatusError(f"the interface was made in process {self._process}: its forked child {os.getpid()} can only close it")
         if current_thread() in self._threads:  # it would wait for itself, or for one who waits for it
             raise StatusError("an interface is not started, stopped or closed from its own thread, where on_link is called")
 
@@ -381,6 +407,8 @@ class Netdev(_Running):
             self._linked_before(up)
 
     def _carry(self, up: bool) -> None:
+        if os.getpid() != self._process:  # the cable is the parent's
+            return
         with self._carrying, suppress(OSError):  # an interface that is gone is noticed by its pumps
             if up != self._carrier and self._tap >= 0:
                 self._carrier = up

@@ -1,7 +1,7 @@
 //! A descriptor of our own for one that somebody else goes on using.
 
 use crate::error::{MemoryError, last_errno};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Duplicates a descriptor given by its number; the new one is closed on exec.
 ///
@@ -30,6 +30,20 @@ pub fn set_nonblocking(fd: BorrowedFd<'_>) -> Result<(), MemoryError> {
         }
     }
     Ok(())
+}
+
+/// Lets go of what a descriptor names; its number stays an open descriptor, of nothing. For a forked child, where the thread that owns it is
+/// not there to close it.
+///
+/// # Errors
+/// `Os` if the process may open nothing.
+pub fn let_go(fd: RawFd) -> Result<(), MemoryError> {
+    let nothing = crate::EventFd::new()?;
+    // SAFETY: dup3 touches no memory, and leaves whoever owns `fd` with a descriptor.
+    match unsafe { libc::dup3(nothing.as_fd().as_raw_fd(), fd, libc::O_CLOEXEC) } {
+        refused if refused < 0 => Err(MemoryError::last_os("dup3")),
+        _ => Ok(()),
+    }
 }
 
 /// The most descriptors that [`wait_ready`] looks at.

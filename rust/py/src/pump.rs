@@ -11,11 +11,11 @@ use crate::port;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
-use virtio_memory::{BoundToProcess, MemoryError, duplicate, set_nonblocking};
+use virtio_memory::{BoundToProcess, MemoryError, duplicate, let_go, set_nonblocking};
 use virtio_net_path::Rules;
 use virtio_net_path::header::MAX_FRAME;
 use virtio_net_path::pump::runner::{self, MAX_STATIONS, Station, Wake};
@@ -45,7 +45,8 @@ struct Work {
 
 enum Place {
     Here(Box<Work>),
-    Running,
+    /// A runner has it. This is its TAP's descriptor.
+    Running(RawFd),
     Closed,
 }
 
@@ -111,20 +112,18 @@ impl Pump {
     fn start(&self, py: Python<'_>) -> Result<Box<Work>, Error> {
         self.process.check()?;
         let mut place = lock(py, &self.place);
-        match std::mem::replace(&mut *place, Place::Running) {
-            Place::Here(work) => {
-                self.running.store(true, Relaxed);
-                drop(place);
-                let old = lock(py, &self.error).take();
-                drop(old);
-                Ok(work)
-            }
-            Place::Running => Err(Error::Status("the pump runs already".into())),
-            Place::Closed => {
-                *place = Place::Closed;
-                Err(Error::closed("pump"))
-            }
-        }
+        let tap = match &*place {
+            Place::Here(work) => work.tap.as_raw_fd(),
+            Place::Running(_) => return Err(Error::Status("the pump runs already".into())),
+            Place::Closed => return Err(Error::closed("pump")),
+        };
+        let before = std::mem::replace(&mut *place, Place::Running(tap));
+        drop(place);
+        let Place::Here(work) = before else { return Err(Error::closed("pump")) };
+        self.running.store(true, Relaxed);
+        let old = lock(py, &self.error).take();
+        drop(old);
+        Ok(work)
     }
 
     /// What `start` did is undone.
@@ -271,10 +270,13 @@ impl Pump {
     /// Closes the TAP's duplicate.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         let mut place = lock(py, &self.place);
-        let old = match &*place {
-            Place::Running => return Err(Error::Status("the pump runs: stop its runner first".into())),
-            _ => std::mem::replace(&mut *place, Place::Closed),
-        };
+        match &*place {
+            // In a forked child no runner runs it, and none gives the descriptor back.
+            Place::Running(tap) if self.process.check().is_err() => let_go(*tap)?,
+            Place::Running(_) => return Err(Error::Status("the pump runs: stop its runner first".into())),
+            Place::Here(_) | Place::Closed => {}
+        }
+        let old = std::mem::replace(&mut *place, Place::Closed);
         drop(place);
         drop(old);
         Ok(())

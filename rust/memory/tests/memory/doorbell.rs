@@ -30,6 +30,15 @@ fn one_that_holds_all_it_can_does_not_block() {
 }
 
 #[test]
+fn what_a_descriptor_names_is_let_go_and_its_number_stays() {
+    let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+    virtio_memory::let_go(near.as_raw_fd()).unwrap();
+    assert!(far.write_all(b"x").is_err());
+    // SAFETY: fcntl with this command touches no memory.
+    assert_eq!(unsafe { libc::fcntl(near.as_raw_fd(), libc::F_GETFD) }, libc::FD_CLOEXEC);
+}
+
+#[test]
 fn a_passed_descriptor_is_made_non_blocking() {
     // SAFETY: eventfd touches no memory; the descriptor that comes back is ours alone.
     let passed = unsafe { std::os::fd::OwnedFd::from_raw_fd(libc::eventfd(0, 0)) };
