@@ -52,3 +52,20 @@ def test_a_forked_child_lets_go_and_disturbs_nothing(paired: bool, running: bool
             os.close(tell)
             os.close(heard)
             joined(child)
+
+
+def test_a_member_is_not_stopped_without_its_pair() -> None:
+    with Cable() as cable:
+        pair = cable.pair()
+        for member in (cable.vn0, cable.peer0):
+            with pytest.raises(StatusError, match=f"{member.name} belongs to a pair: stop that"):
+                member.stop()
+        assert pair.running and cable.vn0.carrier
+        cable.ping()
+        pair.stop()
+        with pytest.raises(StatusError, match="belongs to a pair"):
+            cable.vn0.stop()
+        pair.start()
+        cable.ping()
+        pair.close()
+        cable.vn0.stop()  # closed, and nobody's: nothing to do

@@ -346,8 +346,17 @@ class Netdev(_Running):
             raise StatusError(f"{self.name} belongs to a pair: start that")
         super().start()
 
+    def stop(self) -> None:
+        """Pulls the cable: returns once nothing moves any more. The interface stays, and can be started again.
+
+        StatusError: it belongs to a pair, which is stopped as one; or as `start`, from its own thread or in a forked child.
+        """
+        if self._owner is not None:
+            raise StatusError(f"{self.name} belongs to a pair: stop that")
+        super().stop()
+
     def close(self) -> None:
-        """Stops it and removes the interface. Closing twice is closing once; what ended it is in `error`."""
+        """Stops it and removes the interface, those of its pair too. Closing twice is closing once; what ended it is in `error`."""
         if self._owner is not None:
             self._owner.close()
         super().close()
