@@ -9,6 +9,7 @@ from tests.netdev.cables import Cable
 from tests.netdev.test_ends import interfaces
 from tests.test_processes import in_child, joined
 from virtio import StatusError
+from virtio.netdev import Netdev
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
@@ -69,3 +70,45 @@ def test_a_member_is_not_stopped_without_its_pair() -> None:
         cable.ping()
         pair.close()
         cable.vn0.stop()  # closed, and nobody's: nothing to do
+
+
+def test_a_port_has_one_started_interface_at_a_time() -> None:
+    with (
+        Cable() as cable,
+        Netdev(cable.driver, "vn1", namespace=cable.near) as second,
+        Netdev(cable.device, "peer1", namespace=cable.far) as far,
+    ):
+        pair = cable.pair()
+        other = Netdev.pair(far, second)
+        for _ in range(2):
+            with pytest.raises(StatusError, match=r"peer1: peer0 is started on the same port"):
+                other.start()
+            assert not other.running and other.error is None and not second.carrier
+        cable.ping()
+        pair.check()
+        pair.stop()
+        other.start()
+        with pytest.raises(StatusError, match=r"vn0: vn1 is started on the same port"):
+            pair.start()
+        other.stop()
+        pair.start()
+        cable.ping()
+
+
+def test_an_interface_that_has_failed_or_could_not_start_keeps_nobody_from_its_port() -> None:
+    with Cable() as cable, Netdev(cable.device, "peer1", namespace=cable.far) as second:
+        cable.peer0.start()
+        cable.driver.restart()
+        with pytest.raises(StatusError, match="closed"):
+            cable.peer0.wait(30)
+        with pytest.raises(StatusError, match=r"peer0 is started"):
+            second.start()
+        cable.peer0.close()
+        cable.driver.reset()
+        with pytest.raises(StatusError, match="not live"):
+            second.start()
+        cable.driver.restart()
+        with Netdev(cable.device, "peer2", namespace=cable.far) as third:
+            third.start()
+        second.start()
+        assert second.running

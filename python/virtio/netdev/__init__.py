@@ -26,7 +26,7 @@ from math import ceil
 from threading import Lock, RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Self
-from weakref import WeakMethod
+from weakref import WeakMethod, WeakValueDictionary
 
 from virtio._core import EventFd, Pump, PumpRunner
 from virtio.driver import LONGEST_SLEEP
@@ -49,6 +49,11 @@ __all__ = [
     "open_tap",
     "unshare_as_user",
 ]
+
+
+_claiming = Lock()
+_claims: WeakValueDictionary[int, Netdev] = WeakValueDictionary()
+"""The interface that is started on each port, by the port's identity."""
 
 
 class _Running:
@@ -339,8 +344,8 @@ class Netdev(_Running):
     def start(self) -> None:
         """Plugs it in: frames move from now on, and the carrier follows the port's link.
 
-        StatusError: it runs, is closed or belongs to a pair, or the port is not live. ValueError: a driver's slots are too small for what
-        was negotiated. TapError: the interface is gone.
+        StatusError: it runs, is closed or belongs to a pair, the port is not live, or another interface on it is started and not stopped
+        yet. ValueError: a driver's slots are too small for what was negotiated. TapError: the interface is gone.
         """
         if self._owner is not None:
             raise StatusError(f"{self.name} belongs to a pair: start that")
@@ -380,6 +385,9 @@ class Netdev(_Running):
 
     def _plug(self) -> Pumps:
         """Makes the pumps, and brings the interface up."""
+        with _claiming:
+            if (other := _claims.setdefault(id(self.port), self)) is not self:
+                raise StatusError(f"{self.name}: {other.name} is started on the same port: stop that first")
         with self._setting():
             self._pumps = self._end.pumps(self._tap, self.mtu)
             self._plugged = True
@@ -396,6 +404,9 @@ class Netdev(_Running):
             self._pumps = None
             for pump in pumps:
                 pump.close()
+        with _claiming:
+            if _claims.get(id(self.port)) is self:
+                del _claims[id(self.port)]
 
     def _hook(self) -> None:
         """Hears of the port's link from now on. The port does not keep the interface alive for that."""
