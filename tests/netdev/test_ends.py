@@ -200,7 +200,7 @@ def test_what_no_interface_can_be_made_of(namespace: Namespace) -> None:
     wanted = {*OFFLOADS, NetFeature.MAC, NetFeature.MTU}
     with LoopbackTransport(device) as transport, NetDriver(transport, wanted=wanted) as driver:
         with pytest.raises(TypeError, match="neither a driver's end"):
-            Netdev(object(), namespace=namespace)
+            Netdev(object(), namespace=namespace)  # type: ignore[arg-type]
         for mtu in (67, 65522):
             with pytest.raises(ValueError, match=r"68\.\.65521"):
                 Netdev(driver, namespace=namespace, mtu=mtu)

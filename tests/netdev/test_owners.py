@@ -2,14 +2,16 @@
 
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
 from tests.netdev.cables import Cable
 from tests.netdev.test_ends import interfaces
 from tests.test_processes import in_child, joined
-from virtio import StatusError
-from virtio.netdev import Netdev
+from virtio import DeviceQueue, EventFd, Features, NetDevice, StatusError
+from virtio.netdev import DeviceEnd, DriverEnd, Netdev
+from virtio.spec import Status
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
@@ -112,3 +114,62 @@ def test_an_interface_that_has_failed_or_could_not_start_keeps_nobody_from_its_p
             third.start()
         second.start()
         assert second.running
+
+
+class Own:
+    """A device's end of one's own: what an interface needs, and nothing else."""
+
+    def __init__(self, device: NetDevice) -> None:
+        self._device = device
+        self.on_link: Callable[[bool], None] | None = None
+        self.link = False
+        self.mtu = 1400
+
+    @property
+    def status(self) -> Status:
+        return self._device.status
+
+    @property
+    def accepted(self) -> Features:
+        return self._device.accepted
+
+    @property
+    def header_size(self) -> int:
+        return self._device.header_size
+
+    def queue(self, index: int) -> DeviceQueue | None:
+        return self._device.queue(index)
+
+    def doorbell(self, index: int) -> EventFd | None:
+        return self._device.doorbell(index)
+
+    def need_reset(self) -> None:
+        self._device.need_reset()
+
+
+def test_an_end_of_ones_own_carries_an_interface() -> None:
+    with Cable() as cable:
+        own = Own(cable.device)
+        with Netdev(own, "peer1", namespace=cable.far, address="192.0.2.2/24") as interface:
+            cable.peer0.close()
+            assert interface.mtu == 1400
+            interface.start()
+            cable.vn0.start()
+            assert not interface.carrier and own.on_link is not None
+            own.on_link(True)
+            assert interface.carrier
+            cable.ping()
+        assert own.on_link is None
+
+
+@pytest.mark.parametrize("end", [DeviceEnd, DriverEnd])
+def test_an_end_that_lacks_something_is_none(end: type) -> None:
+    names = {name for base in end.__mro__[:2] for name in (*vars(base), *vars(base).get("__annotations__", ())) if not name.startswith("_")}
+    assert {"link", "mtu", "on_link"} < names
+    with Cable() as cable:
+        port = cable.device if end is DeviceEnd else cable.driver
+        for missing in names:
+            lacking = type("Lacking", (), {name: getattr(port, name) for name in names - {missing}})()
+            with pytest.raises(TypeError, match="Lacking is neither a driver's end"):
+                Netdev(lacking, "vn1", namespace=cable.near)
+        assert interfaces(cable.near) == {"lo", "vn0"}

@@ -11,6 +11,7 @@ segmentation pass through as far as they were negotiated: frames are then as lon
 The loops run in Rust, in threads of their own, without the GIL; when nothing moves they sleep. While an interface is started, the port's
 queues are its own: no `send`, `receive`, `wait` or `poll` beside it. Before `restart` or `close` of a port, stop its interface.
 
+    DriverEnd, DeviceEnd            what a port has to have
     Namespace, unshare_as_user      network namespaces held by descriptors (`virtio.netdev.namespace`)
     open_tap                        just a TAP, without a port
     TapPermissionError, NameTakenError, NamespaceError, TapError    OSErrors whose text is one line for the user
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import ceil
 from threading import Lock, RLock, Thread, current_thread
@@ -32,13 +33,15 @@ from virtio._core import EventFd, Pump, PumpRunner
 from virtio.driver import LONGEST_SLEEP
 from virtio.errors import StatusError, VirtioError
 from virtio.netdev import tap
-from virtio.netdev.ends import SLOT_SIZE, Pumps, end_of
+from virtio.netdev.ends import SLOT_SIZE, DeviceEnd, DriverEnd, Pumps, end_of
 from virtio.netdev.namespace import Namespace, NamespaceError, unshare_as_user
 from virtio.netdev.tap import Interface, NameTakenError, TapError, TapPermissionError, open_tap
 from virtio.port import add_statistics
 
 __all__ = [
     "SLOT_SIZE",
+    "DeviceEnd",
+    "DriverEnd",
     "NameTakenError",
     "Namespace",
     "NamespaceError",
@@ -183,7 +186,7 @@ class _Running:
         self.close()
 
     def _let_go(self) -> None:
-        """Closes the descriptors that a forked child has. Locks and threads are as the parent's were, and nobody is there to change that."""
+        """Closes the descriptors that a forked child has. Locks and threads are the parent's: nobody here would ever free or end them."""
         if self._closed:
             return
         self._closed = True
@@ -227,7 +230,7 @@ class _Running:
                     for descriptor in ready:
                         event, member = interrupts[descriptor]
                         event.drain()
-                        member._end.port.check()
+                        member._end.check()
             except BaseException as error:
                 self._fail(error)
 
@@ -259,11 +262,14 @@ class _Running:
 
 
 class Netdev(_Running):
-    """A kernel interface whose cable leads to a port: `NetDriver` or `NetDevice`. It ends with `close`, or with the process."""
+    """A kernel interface whose cable leads to a port: `NetDriver`, `NetDevice`, or whatever has what `DriverEnd` or `DeviceEnd` names.
+
+    It ends with `close`, or with the process.
+    """
 
     def __init__(
         self,
-        port: Any,
+        port: DriverEnd | DeviceEnd,
         name: str = "vn0",
         *,
         namespace: int | Namespace | None = None,
@@ -297,8 +303,8 @@ class Netdev(_Running):
         self._plugged = False
         self._carrying = Lock()
         self._owner: NetdevPair | None = None
-        self._linked_before: Any = None
-        self._link_hook: Any = None
+        self._linked_before: Callable[[bool], None] | None = None
+        self._link_hook: Callable[[bool], None] | None = None
         super().__init__(self)
         try:
             if namespace is not None:
@@ -391,7 +397,7 @@ class Netdev(_Running):
         with self._setting():
             self._pumps = self._end.pumps(self._tap, self.mtu)
             self._plugged = True
-            self._carry(bool(self.port.link))
+            self._carry(self.port.link)
             self._interface.up()
         return self._pumps
 
@@ -410,7 +416,7 @@ class Netdev(_Running):
 
     def _hook(self) -> None:
         """Hears of the port's link from now on. The port does not keep the interface alive for that."""
-        weak, before = WeakMethod(self._linked), getattr(self.port, "on_link", None)
+        weak, before = WeakMethod(self._linked), self.port.on_link
 
         def linked(up: bool) -> None:
             if (heard := weak() or before) is not None:
@@ -439,7 +445,7 @@ class Netdev(_Running):
             if descriptor >= 0:
                 os.close(descriptor)
         self._tap = self._namespace = -1
-        if self._link_hook is not None and getattr(self.port, "on_link", None) is self._link_hook:
+        if self._link_hook is not None and self.port.on_link is self._link_hook:
             self.port.on_link = self._linked_before
 
 

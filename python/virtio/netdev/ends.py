@@ -1,6 +1,7 @@
 """What a kernel interface needs of a port: which end it is, its queues, what it negotiated, and the two pumps that follow from that."""
 
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from virtio._core import BufferPool, DeviceQueue, DriverQueue, EventFd, Pump
 from virtio.driver import DriverState
@@ -8,6 +9,7 @@ from virtio.errors import StatusError
 from virtio.features import Features
 from virtio.netdev import tap
 from virtio.spec import Status
+from virtio.transport import Transport
 
 SLOT_SIZE: Final = 69632
 """Bytes of slots that hold the longest frame (65589 bytes, and headroom) each: `NetDriver(..., slot_size=SLOT_SIZE, slots=128)`."""
@@ -25,9 +27,28 @@ _RECEIVEQ1: Final = 0
 _TRANSMITQ1: Final = 1
 
 
+class LinkEnd(Protocol):
+    """What either end of a network device has for an interface."""
+
+    on_link: Callable[[bool], None] | None
+    """Called with what the link became. The interface puts itself in front of what is there, and takes that back when it is closed."""
+
+    @property
+    def link(self) -> bool:
+        """Whether the link is up: the interface's carrier."""
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of the longest packet in a frame (5.1.4.1): the interface's, if it is given none."""
+
+
 @runtime_checkable
-class DeviceEnd(Protocol):
+class DeviceEnd(LinkEnd, Protocol):
     """The device's end of a network device: `NetDevice`, and whatever has these."""
+
+    @property
+    def status(self) -> Status:
+        """The device status field (2.1): an interface starts under DRIVER_OK, without NEEDS_RESET."""
 
     @property
     def accepted(self) -> Features:
@@ -48,14 +69,32 @@ class DeviceEnd(Protocol):
 
 
 @runtime_checkable
-class DriverEnd(Protocol):
+class DriverEnd(LinkEnd, Protocol):
     """The driver's end: `NetDriver`, and whatever has these."""
 
-    transport: Any
-    receiveq: DriverQueue
-    transmitq: DriverQueue
-    pool: BufferPool
-    mac: bytes
+    @property
+    def transport(self) -> Transport:
+        """Its interrupts wake the pumps."""
+
+    @property
+    def state(self) -> DriverState:
+        """An interface starts under DRIVER_OK."""
+
+    @property
+    def receiveq(self) -> DriverQueue:
+        """The queue of received frames (5.1.2)."""
+
+    @property
+    def transmitq(self) -> DriverQueue:
+        """The queue of frames to be sent (5.1.2)."""
+
+    @property
+    def pool(self) -> BufferPool:
+        """Whose slots hold frames in both queues."""
+
+    @property
+    def mac(self) -> bytes:
+        """The interface's address, if it is given none."""
 
     @property
     def features(self) -> Features:
@@ -82,15 +121,15 @@ class End:
     mac: bytes | None = None
     """The address that the interface gets; None: whatever the kernel chooses."""
     config_interrupt: EventFd | None = None
-    """Signalled when `port.check` has something to look at."""
+    """Signalled when `check` has something to look at."""
 
-    def __init__(self, port: Any) -> None:
+    def __init__(self, port: LinkEnd) -> None:
         self.port = port
 
     def mtu(self, wanted: int | None) -> int:
         """The interface's MTU. ValueError: the wanted one cannot be, or is more than was negotiated (5.1.4.2)."""
         if wanted is None:
-            return min(int(self.port.mtu), MAX_MTU)
+            return min(self.port.mtu, MAX_MTU)
         if not MIN_MTU <= wanted <= MAX_MTU:
             raise ValueError(f"MTU {wanted} is outside {MIN_MTU}..{MAX_MTU}")
         if _MTU in self.features and wanted > self.port.mtu:
@@ -105,6 +144,9 @@ class End:
     def pumps(self, descriptor: int, mtu: int) -> Pumps:
         """Sets the TAP's offloads and makes its pumps. StatusError: the port is not live. ValueError: its slots are too small."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Reads status and link. DeviceNeedsReset, TransportError: the device says so, or is gone."""
 
     def failed(self) -> None:
         """A pump met an error."""
@@ -122,10 +164,13 @@ class _Driver(End):
     def features(self) -> Features:
         return self.port.features
 
+    def check(self) -> None:
+        self.port.check()
+
     def pumps(self, descriptor: int, mtu: int) -> Pumps:
         port, features = self.port, self.features
-        if getattr(port, "state", None) is not DriverState.DRIVER_OK:
-            raise StatusError(f"the driver's device is not live (driver: {getattr(port, 'state', None)}): restart it first")
+        if port.state is not DriverState.DRIVER_OK:
+            raise StatusError(f"the driver's device is not live (driver: {port.state}): restart it first")
         wanted = tap.offloads(features, driver=True)
         payload, needed = port.pool.slot_size - BufferPool.HEADROOM, mtu + AROUND_PACKET
         if not wanted & tap.SEGMENTATION and payload < needed:
@@ -147,7 +192,7 @@ class _Device(End):
         port, features = self.port, self.features
         queues = [(port.queue(index), port.doorbell(index)) for index in (_RECEIVEQ1, _TRANSMITQ1)]
         (receiveq, filled), (transmitq, sent) = queues
-        status = getattr(port, "status", Status.DRIVER_OK)
+        status = port.status
         live = Status.DRIVER_OK in status and Status.NEEDS_RESET not in status
         if not live or receiveq is None or transmitq is None or filled is None or sent is None:
             raise StatusError(f"the device is not live (status {int(status):#x}): its driver has to initialize it first")
