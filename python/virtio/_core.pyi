@@ -704,7 +704,7 @@ class Pump:
     def running(self) -> bool:
         """Whether a runner has it, and it has not stopped with an error."""
     def close(self) -> None:
-        """Closes the TAP's duplicate; a forked child its own. StatusError: a runner has the pump; one that has returned has not."""
+        """Closes the TAP's duplicate; in a forked child, its own. StatusError: a runner has the pump; one that has returned has not."""
 
 @final
 class PumpRunner:

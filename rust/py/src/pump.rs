@@ -267,7 +267,7 @@ impl Pump {
         self.running.load(Relaxed)
     }
 
-    /// Closes the TAP's duplicate.
+    /// Closes the TAP's duplicate; in a forked child, its own.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         let mut place = lock(py, &self.place);
         match &*place {
