@@ -105,6 +105,18 @@ def test_a_ring_is_stopped_and_resumes_where_it_was(frontend: Frontend, ring_fea
         assert [token for token, _ in queue.pop_used()] == [number, -number][: 2 - bool(number % 3)]
 
 
+@pytest.mark.parametrize("base", [0, 1 << 15, 1 << 31 | 1 << 15])
+def test_a_packed_ring_begins_however_its_front_end_spells_the_beginning(frontend: Frontend, base: int) -> None:
+    frontend.negotiate(Features({Feature.VERSION_1, Feature.RING_PACKED}))
+    queue, place = frontend.queue(0), frontend.room(16)
+    frontend.start(queue, base=base)
+    for number in range(3 * queue.size):
+        queue.add(number, writable=[place])
+        queue.publish()
+        frontend.turn()
+        assert [token for token, _ in queue.pop_used()] == [number]
+
+
 def test_device_17_a_base_that_does_not_fit_the_used_index_breaks_the_ring(frontend: Frontend, errors: list[Exception]) -> None:
     frontend.negotiate(Features({Feature.VERSION_1}))
     frontend.start(frontend.queue(0), base=1000)

@@ -369,11 +369,14 @@ class Connection:
             self._loop.watch(ring.watched, self.poll if on else lambda: self._discard(ring))
 
     def _base(self, ring: Ring) -> int:
-        """Where the ring resumes. Some front-ends begin packed rings at 0, the wrap counters too: a ring that no device wrote tells."""
+        """Where the ring resumes. Some front-ends give packed rings no base at all, and a ring that no device wrote tells; some give only
+        the available position, as if there were 16 bits, and nothing is then in flight."""
         assert ring.areas is not None and self._features is not None
-        if Feature.RING_PACKED in self._features and ring.base == 0 and not self.device.memory.load(ring.areas[0] + 14, 2) >> 15:
+        if Feature.RING_PACKED not in self._features or ring.base >> 16:
+            return ring.base
+        if ring.base == 0 and not self.device.memory.load(ring.areas[0] + 14, 2) >> 15:
             return 1 << 31 | 1 << 15
-        return ring.base
+        return ring.base << 16 | ring.base
 
     def _take_off(self, index: int) -> None:
         ring = self.rings[index]
