@@ -1,9 +1,9 @@
 """60-byte frames between DPDK and ours, beside DPDK at both ends: `python benches/peers/dpdk.py [--pairs 15] [--seconds 1]`.
 
 Over vhost-user, one queue pair, one pinned core an end, polling. Each of four rows is measured by turns with ours in the place of one end
-of DPDK's: frames from DPDK's driver (virtio-user) to our back-end and back, from our driver to DPDK's device (vhost) and back. An end of ours
-is Python: each frame is copied into a slot and counted, one in a thousand checksummed; what it sends stands in slots. An end of DPDK's is
-testpmd, `rxonly` or `txonly`. The rate is the receiver's. Ratios are ours through DPDK's, pair by pair.
+of DPDK's: frames from DPDK's driver (virtio-user) to our back-end and back, from our driver to DPDK's device (vhost) and back. An end of
+ours is Python: each frame is copied into a slot and counted, one in a thousand checksummed; what it sends stands in slots. An end of
+DPDK's is testpmd, `rxonly` or `txonly`. The rate is the receiver's. Ratios are ours through DPDK's, pair by pair.
 
 Wants root, dpdk-testpmd, and huge pages mounted on /dev/hugepages (`echo 1024 >/proc/sys/vm/nr_hugepages`); the package built for speed.
 """
@@ -24,9 +24,8 @@ from typing import Final, Self
 
 from compare import told
 
-from virtio import BufferPool, Feature, Features, Memory, NetDevice, NetDriver
+from virtio import BufferPool, Feature, Features, Memory, NetDevice
 from virtio.bench.setup import pin
-from virtio.devices.net import DEVICE_ID
 from virtio.port import Port
 
 FRAME: Final = 60
@@ -62,7 +61,7 @@ class Testpmd:
         ]
         command += ["--no-telemetry", "--single-file-segments", "--vdev", port, "--", "-i", "--nb-cores=1", "--total-num-mbufs=4096"]
         command += [f"--forward-mode={'txonly' if sends else 'rxonly'}", f"--txpkts={FRAME}"]
-        self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115: closed by __exit__
+        self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT)
         self._seen = 0
         self._wait("testpmd> ")
@@ -167,19 +166,6 @@ def back_end(path: str, ring: str, *, sends: bool, seconds: float) -> None:
             print(receive(device, idle, seconds), flush=True)
 
 
-def driver(path: str, ring: str, *, sends: bool, seconds: float) -> None:
-    """Our driver, Python, until standard input ends or `seconds` were measured."""
-    from virtio.transport.vhost_user import VhostUserTransport
-
-    pin(DRIVER_CORE)
-    wanted = NetDriver.WANTED - {Feature.RING_PACKED} | RINGS[ring][1]
-    with VhostUserTransport(path, device_id=DEVICE_ID) as transport, NetDriver(transport, slots=SLOTS, wanted=wanted) as net:
-        if sends:
-            send(net, lambda: None, ended)
-        else:
-            print(receive(net, lambda: None, seconds), flush=True)
-
-
 def ended() -> bool:
     """Whether standard input has ended."""
     os.set_blocking(0, False)
@@ -251,17 +237,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="runs of each (default 15)")
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds of a run (default 1)")
     parser.add_argument("--ring", choices=RINGS, action="append", help="only these rings")
-    parser.add_argument("--end", choices=("device", "driver"), help="one end of ours, by itself")
+    parser.add_argument("--end", choices=("device",), help="one end of ours, by itself")
     parser.add_argument("--path", help="with --end: the socket")
     parser.add_argument("--send", action="store_true", help="with --end: sends until standard input ends")
     options = parser.parse_args()
     if options.end:
-        run = back_end if options.end == "device" else driver
-        run(options.path, options.ring[0], sends=options.send, seconds=options.seconds)
+        back_end(options.path, options.ring[0], sends=options.send, seconds=options.seconds)
         return
     for ring in options.ring or RINGS:
         print(f"## {ring} ring, million frames of {FRAME} bytes a second\n")
-        for ours in ("device", "driver"):
+        for ours in ("device",):
             for to_device in (True, False):
                 rates: dict[str | None, list[float]] = {ours: [], None: []}
                 for turn in range(options.pairs):
