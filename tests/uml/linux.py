@@ -13,7 +13,8 @@ from typing import Self
 
 import pytest
 
-LIBRARY = Path(__file__).parents[2] / ".venv/uml-xstate.so"
+from virtio.cli.guest import xstate
+
 MODULES = "/usr/lib/uml/modules"
 START = f"""#!/bin/sh
 export PATH=/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin
@@ -31,7 +32,7 @@ class Linux:
     """This machine's files are the guest's root, `script` is what it runs; `output` is its console, whole once `wait` has returned."""
 
     def __init__(self, script: str, devices: Mapping[str, int]) -> None:
-        if (program := shutil.which("linux.uml")) is None or not LIBRARY.exists():
+        if (program := shutil.which("linux.uml")) is None:
             pytest.fail("User-Mode Linux is not installed: run scripts/uml.sh, or `make uml-tools`")
         self._folder = tempfile.TemporaryDirectory(prefix="uml-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
@@ -45,7 +46,7 @@ class Linux:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": "/dev/shm", "LD_PRELOAD": str(LIBRARY)},
+            env={**os.environ, "TMPDIR": "/dev/shm", **xstate(folder)},
             start_new_session=True,
         )
 
