@@ -80,14 +80,17 @@ class Testpmd:
     def _wait(self, pattern: str) -> re.Match[str]:
         limit = time.monotonic() + LIMIT
         while time.monotonic() < limit and self._process.poll() is None:
-            self._output.seek(0)
-            text = self._output.read().decode(errors="replace")
+            text = self._text()
             if found := re.compile(pattern).search(text, self._seen):
                 self._seen = found.end()
                 return found
             time.sleep(0.002)
-        self._output.seek(0)
-        raise SystemExit(f"testpmd said no {pattern!r}:\n{self._output.read().decode(errors='replace')[-2000:]}")
+        raise SystemExit(f"testpmd said no {pattern!r}:\n{self._text()[-2000:]}")
+
+    def _text(self) -> str:
+        """All that it printed; where it writes next stays as it is."""
+        descriptor = self._output.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def __enter__(self) -> Self:
         return self
@@ -135,9 +138,9 @@ def send(port: Port, idle: Callable[[], object], until: Callable[[], bool]) -> N
     template = bytes(12) + b"\x08\x00" + bytes(FRAME - 14)
     while not until():
         for _ in range(500):
-            burst.count = port.take(burst)
-            burst.lengths[:] = FRAME
-            burst.write(template)
+            if not len(burst):  # else what did not fit is sent first
+                port.take(burst)
+                burst.write(template)
             port.send(burst)
         idle()
 
