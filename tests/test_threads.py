@@ -36,6 +36,10 @@ def test_eight_threads_share_a_queue_of_bursts(format_bit: int) -> None:
     thread_work.bursts(format_bit)
 
 
+def test_a_pool_that_closes_while_others_begin_to_use_it() -> None:
+    thread_work.closes()
+
+
 @pytest.mark.parametrize("kind", ["driver", "device", "pool"])
 def test_a_lock_is_waited_for_without_the_gil(ring_format: str, kind: str) -> None:
     pair = Pair(ring_format)

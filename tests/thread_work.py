@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from virtio._core import BufferPool, DeviceQueue, DriverQueue, GuestMemory, Memory, _hold
-from virtio.errors import QueueFull
+from virtio.errors import QueueFull, StatusError
 
 THREADS = 8
 BASE = 1 << 32
@@ -129,7 +129,42 @@ def bursts(features: int, each: int = 150) -> None:
     assert (near.available, near.drops, far.available, far.drops, device.counters["dropped"]) == (256, 0, 128, 0, 0)
 
 
+def closes(rounds: int = 300) -> None:
+    """A pool closes while others begin to use it: its place goes to somebody else, or they have it, never both."""
+    start = threading.Barrier(THREADS)
+    for _ in range(rounds):
+        memory = Memory(1 << 16)
+        pool = BufferPool(memory, 256, slot_size=128)  # half of the memory: two such have room, three have not
+        used, refused = list[object](), list[int]()
+
+        def use(number: int, pool: BufferPool = pool, used: list[object] = used, refused: list[int] = refused) -> None:
+            start.wait()
+            try:
+                if number:
+                    used.append(pool.burst(8))
+                else:
+                    pool.close()
+            except StatusError:
+                refused.append(number)
+
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(used) + len(refused) == THREADS - 1
+        others = list[BufferPool]()
+        try:
+            for _ in range(2):
+                others.append(BufferPool(memory, 256, slot_size=128))
+        except ValueError:
+            assert used
+        else:
+            assert not used
+
+
 if __name__ == "__main__":
+    closes()
     for format_bit in (0, PACKED):
         tokens(format_bit)
         bursts(format_bit)

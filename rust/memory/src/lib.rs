@@ -29,6 +29,7 @@ mod registers;
 mod row;
 mod sigbus;
 mod span;
+mod tenancy;
 #[cfg(not(loom))]
 mod word;
 #[cfg(loom)]
@@ -52,6 +53,7 @@ pub use registers::Registers;
 pub use row::{Column, Limit, RawRow, Row, RowError};
 pub use sigbus::MAX_GUARDED;
 pub use span::Span;
+pub use tenancy::Tenancy;
 pub use word::{U16Array, U16Ring, U32Array, U32Ring, U64Array, U64Ring};
 #[cfg(not(loom))]
 pub use word::{U16Cells, U16RingCells, U32Cells, U32RingCells, U64Cells, U64RingCells};

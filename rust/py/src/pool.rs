@@ -8,16 +8,13 @@ use crate::lock::{lock, lock_pool};
 use crate::memory::{Allocation, Memory};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
-use virtio_memory::HEADROOM;
+use virtio_memory::{HEADROOM, Tenancy};
 
 /// What bursts, queues and views keep: the pool, and its place in memory until the last of them is gone.
 pub struct Shared {
     pub pool: Arc<virtio_memory::BufferPool>,
-    closed: AtomicBool,
-    place: Mutex<Option<Allocation>>,
+    place: Tenancy<Allocation>,
 }
 
 impl Shared {
@@ -25,10 +22,17 @@ impl Shared {
     #[inline]
     pub fn check(&self) -> Result<(), Error> {
         self.pool.check_process()?;
-        if self.closed.load(Relaxed) {
+        if self.place.closed() {
             return Err(Error::closed("pool"));
         }
         Ok(())
+    }
+
+    /// For whoever begins to use the pool: its place is theirs until they have dropped this, and the `pool` that they took from it. The lock
+    /// is held for a few instructions.
+    pub fn join(self: &Arc<Self>) -> Result<Arc<Self>, Error> {
+        self.pool.check_process()?;
+        self.place.join(self).ok_or_else(|| Error::closed("pool"))
     }
 }
 
@@ -69,7 +73,7 @@ impl BufferPool {
         let taken = memory.get().take(py, "buffer pool", slots as usize * slot_size, 64);
         let (mapping, place) = taken.map_err(|error| error.of(&format!("{slots} slots of {slot_size} bytes")))?;
         let pool = Arc::new(virtio_memory::BufferPool::new(mapping, place.offset, slots, slot_size)?);
-        let shared = Arc::new(Shared { pool, closed: AtomicBool::new(false), place: Mutex::new(Some(place)) });
+        let shared = Arc::new(Shared { pool, place: Tenancy::new(place) });
         Ok(BufferPool { shared, memory: memory.unbind(), frames: Mutex::new(None) })
     }
 
@@ -114,18 +118,21 @@ impl BufferPool {
     /// The slots without their headroom: shape (slots, slot_size - HEADROOM), column 0 the first byte of a frame.
     #[getter]
     fn frames(&self, py: Python<'_>) -> Result<Py<PyAny>, Error> {
-        self.shared.check()?;
+        let shared = self.shared.join()?;
         if let Some(frames) = &*lock(py, &self.frames) {
             return Ok(frames.clone_ref(py));
         }
-        let pool = &self.shared.pool;
+        let pool = &shared.pool;
         let (slots, size) = (pool.slots() as usize, pool.slot_size());
-        let view = View::mapped(pool.mapping(), pool.offset(), slots * size, self.shared.clone())?;
+        let view = View::mapped(pool.mapping(), pool.offset(), slots * size, shared.clone())?;
         let all = array(py, view, "uint8")?.call_method1("reshape", ((slots, size),))?;
         let columns = pyo3::types::PySlice::new(py, HEADROOM as isize, size as isize, 1);
         let frames = all.get_item((pyo3::types::PySlice::full(py), columns))?.unbind();
         let made = frames.clone_ref(py);
-        let old = lock(py, &self.frames).replace(frames);
+        let mut kept = lock(py, &self.frames);
+        // One that was closed meanwhile keeps nothing.
+        let old = if shared.place.closed() { Some(frames) } else { kept.replace(frames) };
+        drop(kept);
         drop(old);
         Ok(made)
     }
@@ -133,9 +140,8 @@ impl BufferPool {
     /// A new, empty burst of this pool with room for `capacity` rows (1 to 32768).
     #[pyo3(signature = (capacity = Int::new(64)), text_signature = "($self, capacity=64)")]
     fn burst(slf: &Bound<'_, Self>, capacity: Int) -> Result<Burst, Error> {
-        let this = slf.get();
-        this.shared.check()?;
-        Burst::new(slf.clone().unbind(), this.shared.clone(), capacity.within("burst capacity", 1, 32768)?)
+        let shared = slf.get().shared.join()?;
+        Burst::new(slf.clone().unbind(), shared, capacity.within("burst capacity", 1, 32768)?)
     }
 
     /// Takes back what the burst holds, and fills it with free slots; returns how many, 0 to its capacity.
@@ -156,14 +162,12 @@ impl BufferPool {
     /// Ends the use of the pool and its bursts.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.pool.check_process()?;
-        self.shared.closed.store(true, Relaxed);
+        // Bursts and views have `shared`, bursts and queues `pool`: with neither, only this object is left, which needs no place any more.
+        let close = || self.shared.place.close(|| Arc::strong_count(&self.shared) == 1 && Arc::strong_count(&self.shared.pool) == 1);
+        let place = close();
         let frames = lock(py, &self.frames).take();
         drop(frames);
-        // Bursts and views have `shared`, bursts and queues `pool`: with neither, only this object is left, which needs no place any more.
-        if Arc::strong_count(&self.shared) == 1 && Arc::strong_count(&self.shared.pool) == 1 {
-            let place = lock(py, &self.shared.place).take();
-            drop(place);
-        }
+        drop(place.or_else(close)); // that view was the last user, perhaps
         Ok(())
     }
 

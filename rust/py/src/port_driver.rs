@@ -76,8 +76,7 @@ impl DriverPort {
         if receiveq.is(&transmitq) {
             return Err(Error::Value("a port has two queues, not one twice".into()));
         }
-        pool.get().shared.check()?;
-        let slots = pool.get().shared.pool.clone();
+        let slots = pool.get().shared.join()?.pool.clone();
         let bytes: usize = buffer_size.within("receive buffer size", 1, 1 << 20)?;
         let each = bytes.div_ceil(slots.slot_size() - HEADROOM + rules.header);
         let (size, most) = (receiveq.get().ring.size, slots.slots());

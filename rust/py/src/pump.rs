@@ -84,14 +84,14 @@ impl Pump {
     fn new(
         py: Python<'_>,
         queue: Queue,
-        pool: Option<&Bound<'_, BufferPool>>,
+        pool: Option<Arc<pool::Shared>>,
         kind: Kind,
         tap: OwnedFd,
         event: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         Ok(Pump {
             queue,
-            _pool: pool.map(|pool| pool.get().shared.clone()),
+            _pool: pool,
             event: event.get().event(py)?,
             process: BoundToProcess::new(),
             place: Mutex::new(Place::Here(Box::new(Work { kind, tap }))),
@@ -171,8 +171,8 @@ impl Pump {
         interrupt: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         let rules = Rules::driver(port::features(&features)?);
-        pool.get().shared.check()?;
-        let slots = pool.get().shared.pool.clone();
+        let shared = pool.get().shared.join()?;
+        let slots = shared.pool.clone();
         let longest = match rules.longest_outgoing() {
             MAX_FRAME => MAX_FRAME,
             _ => slots.slot_size() - virtio_memory::HEADROOM,
@@ -182,7 +182,7 @@ impl Pump {
             Ok(DriverTransmit::new(&open.queue, slots.clone(), rules, longest))
         })?;
         let kind = Kind::DriverTransmit(made.map_err(|error| slots_error(error, "a frame", longest))?);
-        Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
+        Pump::new(py, Queue::Driver(queue), Some(shared), kind, tap_of(&tap)?, interrupt)
     }
 
     /// From a driver's receive queue to the TAP; the buffers are given to the device again.
@@ -197,14 +197,14 @@ impl Pump {
         interrupt: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         let rules = Rules::driver(port::features(&features)?);
-        pool.get().shared.check()?;
-        let slots = pool.get().shared.pool.clone();
+        let shared = pool.get().shared.join()?;
+        let slots = shared.pool.clone();
         let made = queue.get().open(py, |open| {
             open.bursts.bind_pool(&open.queue, &slots, 0)?;
             Ok(DriverReceive::new(&open.queue, slots.clone(), rules))
         })?;
         let kind = Kind::DriverReceive(made.map_err(|error| slots_error(error, "a receive buffer", rules.longest_incoming()))?);
-        Pump::new(py, Queue::Driver(queue), Some(pool), kind, tap_of(&tap)?, interrupt)
+        Pump::new(py, Queue::Driver(queue), Some(shared), kind, tap_of(&tap)?, interrupt)
     }
 
     /// From a driver's transmitted chains to the TAP.

@@ -14,6 +14,7 @@ mod region_model;
 mod registers;
 mod sigbus;
 mod span;
+mod tenancy;
 mod transfer;
 
 use std::fs::File;
