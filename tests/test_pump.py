@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 
@@ -234,6 +235,59 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_a_device_tells_its_doorbells() -> None:
     assert NetDevice().doorbell(0) is None
+
+
+class Asked(Exception):
+    """Raised by a signal handler."""
+
+
+@pytest.mark.parametrize("hears", ["this thread", "another"])
+@pytest.mark.parametrize("load", ["idle", "busy"])
+def test_a_signal_handler_ends_a_runner_in_the_main_thread(ring_format: str, load: str, hears: str) -> None:
+    lane = Lane(ring_format, "transmit")
+    runner = PumpRunner(lane.pumps)
+    ended, gave_up = threading.Event(), threading.Event()
+    runs: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        runs.append(number)
+        if len(runs) == 2:  # the first one raises nothing, and nothing ends
+            raise Asked
+
+    def ask() -> None:
+        to = threading.main_thread() if hears == "this thread" else threading.current_thread()
+        assert to.ident is not None
+        try:
+            until(lambda: lane.near_pump.running and (load == "idle" or lane.near_pump.statistics["frames"] > 100))
+            for count in (1, 2):
+                signal.pthread_kill(to.ident, signal.SIGUSR1)
+                until(lambda count=count: len(runs) == count)  # type: ignore[misc]
+        finally:
+            if not ended.wait(30):
+                gave_up.set()
+                runner.stop()
+
+    def send() -> None:
+        lane.source.far.setblocking(False)
+        while not ended.is_set():
+            with contextlib.suppress(BlockingIOError):
+                lane.source.send(bytes(1000))
+
+    threads = [threading.Thread(target=work) for work in ([ask] if load == "idle" else [ask, send])]
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        for thread in threads:
+            thread.start()
+        with pytest.raises(Asked):
+            runner.run()
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert not gave_up.is_set() and not lane.near_pump.running
+    with running(*lane.pumps):
+        until(lambda: lane.near_pump.running)
 
 
 def test_a_queue_has_one_pump_at_a_time(ring_format: str) -> None:

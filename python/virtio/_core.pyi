@@ -715,8 +715,9 @@ class PumpRunner:
     def run(self) -> None:
         """Moves frames, without the GIL, until `stop` or until every pump has stopped with an error; then raises the first error, if any.
 
-        A pump that fails does not end the others. Signal handlers run when it returns: do not call it in the main thread. StatusError: a
-        pump is closed or runs already, or its queue is closed; then none was started.
+        A pump that fails does not end the others. In the main thread signal handlers run meanwhile, a fraction of a second late; one that
+        raises something ends it, and that is raised. StatusError: a pump is closed or runs already, or its queue is closed; then none was
+        started.
         """
     def stop(self) -> None:
         """Ends `run`, now and for good: a later one ends at once. From any thread; does not wait for it."""

@@ -1,6 +1,6 @@
 //! A descriptor of our own for one that somebody else goes on using.
 
-use crate::error::{MemoryError, last_errno};
+use crate::error::MemoryError;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Duplicates a descriptor given by its number; the new one is closed on exec.
@@ -62,7 +62,7 @@ pub struct Ready {
 /// ever), after which nothing is ready.
 ///
 /// # Errors
-/// `BadSize` for more than 64 of them; `Os` as the kernel answers, but for EINTR, after which it sleeps on.
+/// `BadSize` for more than 64 of them; `Os` as the kernel answers: EINTR if a signal handler ran, so that the caller can act on it.
 pub fn wait_ready<'a>(
     fds: impl IntoIterator<Item = (BorrowedFd<'a>, bool)>,
     timeout: Option<std::time::Duration>,
@@ -78,15 +78,9 @@ pub fn wait_ready<'a>(
         count += 1;
     }
     let limit = timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
-    loop {
-        // SAFETY: `count` entries of the array, no more than it has.
-        let ready = unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, limit) };
-        if ready >= 0 {
-            break;
-        }
-        if last_errno() != libc::EINTR {
-            return Err(MemoryError::last_os("poll"));
-        }
+    // SAFETY: `count` entries of the array, no more than it has.
+    if unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, limit) } < 0 {
+        return Err(MemoryError::last_os("poll"));
     }
     let mut found = Ready::default();
     for (index, place) in polled[..count].iter().enumerate() {

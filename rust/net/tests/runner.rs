@@ -121,8 +121,8 @@ fn two_runners_in_two_threads_pass_frames_on_and_sleep() {
         let wakes = [Wake::new().unwrap(), Wake::new().unwrap()];
         let slept = [driver.slept.clone(), device.slept.clone()];
         std::thread::scope(|scope| {
-            let first = scope.spawn(|| run(std::slice::from_mut(&mut driver), &wakes[0]));
-            let second = scope.spawn(|| run(std::slice::from_mut(&mut device), &wakes[1]));
+            let first = scope.spawn(|| run(std::slice::from_mut(&mut driver), &wakes[0], None));
+            let second = scope.spawn(|| run(std::slice::from_mut(&mut device), &wakes[1], None));
             let mut bytes = [0; 1024];
             for seed in 0..300 {
                 // One slot, or several.
@@ -149,7 +149,7 @@ fn a_pump_that_fails_leaves_the_others_running() {
     let mut both = [driver, device];
     let wake = Wake::new().unwrap();
     std::thread::scope(|scope| {
-        let runner = scope.spawn(|| run(&mut both, &wake));
+        let runner = scope.spawn(|| run(&mut both, &wake, None));
         while slept.load(Relaxed) == 0 {
             std::thread::yield_now();
         }
@@ -159,7 +159,7 @@ fn a_pump_that_fails_leaves_the_others_running() {
     assert_eq!((both[0].error.is_some(), both[1].error.is_none(), both[0].steps), (true, true, 1));
     // Stopped before it begins.
     let before = both[1].steps;
-    run(&mut both[1..], &wake).unwrap();
+    run(&mut both[1..], &wake, None).unwrap();
     assert_eq!(both[1].steps, before);
 }
 
@@ -212,8 +212,21 @@ fn what_waits_for_news_that_nobody_tells_sleeps_each_time() {
     far.send(&[0; 72]).unwrap(); // which it does not want now
     let (steps, wake) = (Cell::new(0), Wake::new().unwrap());
     let mut idle = [Idle { tap: near, event: EventFd::new().unwrap(), starved: true, steps: &steps, wake: &wake, error: None }];
-    run(&mut idle, &wake).unwrap();
+    run(&mut idle, &wake, None).unwrap();
     assert_eq!((steps.get(), idle[0].error.is_none()), (5, true));
+}
+
+#[test]
+fn what_the_thread_does_beside_is_done_without_news_and_can_end_the_runner() {
+    let (near, _far) = UnixDatagram::pair().unwrap();
+    let (steps, wake, mut calls) = (Cell::new(10), Wake::new().unwrap(), 0);
+    let mut idle = [Idle { tap: near, event: EventFd::new().unwrap(), starved: false, steps: &steps, wake: &wake, error: None }];
+    let mut beside = || {
+        calls += 1;
+        calls == 3
+    };
+    run(&mut idle, &wake, Some(&mut beside)).unwrap();
+    assert!(calls == 3 && idle[0].error.is_none() && !wake.stopped());
 }
 
 #[test]
@@ -222,7 +235,7 @@ fn a_tap_that_has_ended_ends_its_pump_and_the_last_pump_the_runner() {
     near.shutdown(std::net::Shutdown::Both).unwrap();
     let (steps, wake) = (Cell::new(0), Wake::new().unwrap());
     let mut idle = [Idle { tap: near, event: EventFd::new().unwrap(), starved: false, steps: &steps, wake: &wake, error: None }];
-    run(&mut idle, &wake).unwrap();
+    run(&mut idle, &wake, None).unwrap();
     assert!(matches!(idle[0].error, Some(BurstError::Memory(virtio_memory::MemoryError::Os { errno: 77, .. }))));
     assert_eq!(steps.get(), 1);
     let mut many = Vec::new();
@@ -230,5 +243,5 @@ fn a_tap_that_has_ended_ends_its_pump_and_the_last_pump_the_runner() {
         let (tap, _) = UnixDatagram::pair().unwrap();
         many.push(Idle { tap, event: EventFd::new().unwrap(), starved: false, steps: &steps, wake: &wake, error: None });
     }
-    assert!(run(&mut many, &wake).is_err());
+    assert!(run(&mut many, &wake, None).is_err());
 }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use virtio_memory::{BoundToProcess, MemoryError, duplicate, let_go, set_nonblocking};
 use virtio_net_path::Rules;
 use virtio_net_path::header::MAX_FRAME;
-use virtio_net_path::pump::runner::{self, MAX_STATIONS, Station, Wake};
+use virtio_net_path::pump::runner::{self, Beside, MAX_STATIONS, Station, Wake};
 use virtio_net_path::pump::{DeviceReceive, DeviceTransmit, DriverReceive, DriverTransmit, PumpCounters, Step};
 
 /// Linux' EBADFD: the TAP's device is gone.
@@ -466,9 +466,20 @@ impl PumpRunner {
     /// Moves frames, without the GIL, until `stop` or until every pump has stopped with an error; then raises the first error, if any.
     fn run(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.process.check()?;
+        let threading = py.import("threading")?;
+        let main = threading.call_method0("current_thread")?.is(&threading.call_method0("main_thread")?);
         let mut stations = self.start(py)?;
-        let result = py.detach(|| runner::run(&mut stations, &self.shared.wake));
+        let mut raised = None;
+        let mut signals = || {
+            raised = Python::attach(|py| py.check_signals()).err();
+            raised.is_some()
+        };
+        let signals: Option<Beside<'_>> = if main { Some(&mut signals) } else { None };
+        let result = py.detach(|| runner::run(&mut stations, &self.shared.wake, signals));
         stations.into_iter().for_each(|running| running.pump.end(py, running.work, &self.shared.wake));
+        if let Some(error) = raised {
+            return Err(error.into());
+        }
         result?;
         match lock(py, &self.shared.first).take() {
             Some(error) => Err(Error::Python(PyErr::from_value(error.into_bound(py)))),

@@ -5,7 +5,7 @@ use crate::error::BurstError;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use virtio_memory::{EventFd, MAX_WAITED, MemoryError, wait_ready};
 
 /// The most pumps of one runner: each has a TAP and an event to wait for, and all have one that wakes the runner.
@@ -13,6 +13,13 @@ pub const MAX_STATIONS: usize = (MAX_WAITED - 1) / 2;
 
 /// How long a pump sleeps whose buffers come back without anybody telling it.
 const SOON: Duration = Duration::from_millis(1);
+
+/// How long a thread that has something to do beside lets it wait, and how many rounds go by before it looks at the time.
+const BESIDE: Duration = Duration::from_millis(200);
+const ROUNDS: u32 = 64;
+
+/// Linux' EINTR: a signal handler ran.
+const EINTR: i32 = 4;
 
 /// A pump with its queue, its TAP and what wakes it.
 pub trait Station {
@@ -96,16 +103,22 @@ impl<S: Station> Place<'_, S> {
     }
 }
 
+/// What the runner's thread does beside: true ends the runner.
+pub type Beside<'a> = &'a mut (dyn FnMut() -> bool + Send);
+
 /// Runs these pumps until [`Wake::stop`], or until all of them have ended. One that fails is told so by [`Station::ended`]; the others go on.
+/// `beside` is called a few times a second, and when a signal handler ran while they slept.
 ///
 /// # Errors
 /// `BadSize` for more than [`MAX_STATIONS`]; `Os` if the kernel lets nobody sleep.
-pub fn run<S: Station>(stations: &mut [S], wake: &Wake) -> Result<(), MemoryError> {
+pub fn run<S: Station>(stations: &mut [S], wake: &Wake, mut beside: Option<Beside<'_>>) -> Result<(), MemoryError> {
     if stations.len() > MAX_STATIONS {
         let (value, max) = (stations.len() as u64, MAX_STATIONS as u64);
         return Err(MemoryError::BadSize { what: "number of pumps", value, min: 0, max, multiple_of: 1 });
     }
     let mut places: Vec<_> = stations.iter_mut().map(|station| Place { station, last: Step::default(), armed: false }).collect();
+    let longest = beside.as_ref().map(|_| BESIDE);
+    let (mut rounds, mut last) = (0u32, Instant::now());
     while !places.is_empty() && !wake.stopped() {
         let mut moved = false;
         keep(&mut places, |place| {
@@ -113,8 +126,14 @@ pub fn run<S: Station>(stations: &mut [S], wake: &Wake) -> Result<(), MemoryErro
             moved |= place.last.moved > 0;
             Ok(())
         });
-        if !moved && !places.is_empty() {
-            rest(&mut places, wake)?;
+        let interrupted = !moved && !places.is_empty() && rest(&mut places, wake, longest)?;
+        let Some(beside) = &mut beside else { continue };
+        rounds = rounds.wrapping_add(1);
+        if interrupted || ((!moved || rounds.is_multiple_of(ROUNDS)) && last.elapsed() >= BESIDE) {
+            last = Instant::now();
+            if beside() {
+                break;
+            }
         }
     }
     Ok(())
@@ -131,8 +150,8 @@ fn keep<S: Station>(places: &mut Vec<Place<'_, S>>, mut call: impl FnMut(&mut Pl
     });
 }
 
-/// Nothing moved: asks to be told, looks again, and sleeps.
-fn rest<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), MemoryError> {
+/// Nothing moved: asks to be told, looks again, and sleeps, at most as long as this; whether a signal handler ran.
+fn rest<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake, longest: Option<Duration>) -> Result<bool, MemoryError> {
     let (before, mut found) = (places.len(), false);
     keep(places, |place| {
         if place.last.starved {
@@ -142,22 +161,23 @@ fn rest<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), M
         }
         Ok(())
     });
-    if !found && places.len() == before {
-        sleep(places, wake)?;
-    }
+    let interrupted = !found && places.len() == before && sleep(places, wake, longest)?;
     places.iter_mut().for_each(Place::disarm);
-    Ok(())
+    Ok(interrupted)
 }
 
-/// Sleeps until somebody signals, or a TAP that is wanted has a frame.
-fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), MemoryError> {
+/// Sleeps until somebody signals, or a TAP that is wanted has a frame; whether a signal handler ran instead.
+fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake, longest: Option<Duration>) -> Result<bool, MemoryError> {
     places.iter_mut().for_each(|place| place.station.sleeps());
-    let soon = places.iter().any(|place| place.last.soon).then_some(SOON);
+    let soon = places.iter().any(|place| place.last.soon).then_some(SOON).or(longest);
     let all = places.iter().flat_map(|place| {
         let Place { station, last, armed } = place;
         [(station.tap(), !last.starved), (station.event().as_fd(), *armed)]
     });
-    let ready = wait_ready(std::iter::once((wake.event.as_fd(), true)).chain(all), soon)?;
+    let ready = match wait_ready(std::iter::once((wake.event.as_fd(), true)).chain(all), soon) {
+        Err(MemoryError::Os { errno: EINTR, .. }) => return Ok(true),
+        ready => ready?,
+    };
     if ready.readable & 1 != 0 {
         wake.event.drain()?;
     }
@@ -174,5 +194,5 @@ fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake) -> Result<(), 
         }
         Ok(())
     });
-    Ok(())
+    Ok(false)
 }
