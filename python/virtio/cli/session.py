@@ -7,8 +7,9 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from time import monotonic, sleep
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from virtio.cli.inspect import inspect
 from virtio.cli.output import CommandError
@@ -36,6 +37,10 @@ POOL: Final = {True: (128, SLOT_SIZE), False: (1024, 2048)}
 """Slots and their size: with offloads a slot holds 64 KiB in one piece, and few of these stay in the cache."""
 GRACE: Final = 20.0
 """Seconds that a program may take longer than it was told to."""
+LOOK: Final = 0.1
+"""Seconds after which it is looked whether there is sense in going on."""
+LONGEST_LINE: Final = 1 << 16
+"""Bytes after which a line is cut."""
 _RATE = re.compile(r"([\d.]+) ([KMGT]?)bits/sec.*\b(sender|receiver)\s*$")
 _PING = re.compile(r"(\d+) packets transmitted, (\d+) received")
 _RTT = re.compile(r"= ([\d.]+)/([\d.]+)/([\d.]+)")
@@ -162,7 +167,7 @@ class Programs:
         """Pings the peer; what came back, and after how many milliseconds."""
         words = ["ping", "-n", "-c", str(PINGS), "-i", "0.2", "-w", str(PING_SECONDS), PEER[1]]
         with near.entered():
-            lines = self._run(words, "ping", seconds=1.2, limit=PING_SECONDS, may_fail=True)
+            lines = self.run(words, "ping", seconds=1.2, limit=PING_SECONDS, may_fail=True)
         text = "\n".join(lines)
         if (found := _PING.search(text)) is None:
             raise CommandError(f"ping failed: {lines[-1] if lines else 'it said nothing'}")
@@ -181,69 +186,98 @@ class Programs:
         found = []
         with ExitStack() as stack:
             with far.entered():
-                server = _start(["iperf3", "-s", "--forceflush"])
-            stack.callback(_kill, server)
+                server = stack.enter_context(Program(["iperf3", "-s", "--forceflush"]))
             for direction, words in ((f"{DRIVER[0]} to {PEER[0]}", []), (f"{PEER[0]} to {DRIVER[0]}", ["-R"])):
                 self._await(server, "Server listening")
                 command = ["iperf3", "-c", PEER[1], "-t", str(seconds), "--connect-timeout", "5000", "--forceflush", *words]
                 with near.entered():
-                    lines = self._run(command, f"iperf3, {direction}", seconds=seconds, limit=seconds)
+                    lines = self.run(command, f"iperf3, {direction}", seconds=seconds, limit=seconds)
                 rates = {match[3]: float(match[1]) * _SCALE[match[2]] for line in lines if (match := _RATE.search(line))}
                 if "receiver" not in rates:
                     raise CommandError(f"iperf3 told no rate from {direction}: {lines[-1] if lines else 'it said nothing'}")
                 found.append({"direction": direction, "bits_per_second": rates["receiver"]})
         return found
 
-    def _run(self, words: Sequence[str], title: str, *, seconds: float, limit: float, may_fail: bool = False) -> list[str]:
+    def run(self, words: Sequence[str], title: str, *, seconds: float, limit: float, may_fail: bool = False) -> list[str]:
+        """Runs a program that takes about `seconds`; its lines. CommandError: it failed, or took longer than `limit` and `GRACE`."""
         self._emit("step", title=title, seconds=seconds, command=" ".join(words))
-        process = _start(words)
-        try:
-            lines = self._lines(process, limit + GRACE, show=True)
-            status = process.wait()
-        finally:
-            _kill(process)
+        deadline = monotonic() + limit + GRACE
+        with Program(words) as program:
+            lines = self._lines(program, deadline, show=True)
+            status = program.status(deadline)
         if status < 0 or (status and not may_fail):
             said = next((line for line in reversed(lines) if line), "it said nothing")
             how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed: {said}"
             raise CommandError(f"{words[0]} {how}")
         return lines
 
-    def _await(self, process: "subprocess.Popen[bytes]", word: str) -> None:
-        lines = self._lines(process, GRACE, show=False, until=word)
+    def _await(self, program: "Program", word: str) -> None:
+        lines = self._lines(program, monotonic() + GRACE, show=False, until=word)
         if not lines or word not in lines[-1]:
             raise CommandError(f"iperf3's server did not start: {' '.join(lines)}")
 
-    def _lines(self, process: "subprocess.Popen[bytes]", limit: float, *, show: bool, until: str | None = None) -> list[str]:
-        """Lines up to the end of output, or to one with `until`. CommandError: that takes longer than `limit` seconds."""
-        assert process.stdout is not None
-        deadline = monotonic() + limit
-        watch = select.poll()
-        watch.register(process.stdout, select.POLLIN)
+    def _lines(self, program: "Program", deadline: float, *, show: bool, until: str | None = None) -> list[str]:
+        """Lines up to the end of output, or to one with `until`. CommandError: that takes until after the deadline."""
         lines: list[str] = []
-        while monotonic() < deadline:
-            self._check()
-            if not watch.poll(100):
-                continue
-            data = process.stdout.readline()  # programs print whole lines
-            if not data:
-                return lines
-            lines.append(data.decode(errors="replace").rstrip())
+        while (line := program.line(deadline, self._check)) is not None:
+            lines.append(line)
             if show:
-                self._emit("output", text=lines[-1])
-            if until is not None and until in lines[-1]:
-                return lines
-        raise CommandError(f"no end of {process.args[0]!r} after {limit:.0f} s")  # type: ignore[index]
+                self._emit("output", text=line)
+            if until is not None and until in line:
+                break
+        return lines
 
 
-def _start(words: Sequence[str]) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "LC_ALL": "C"}
-    # Unbuffered: a line that is in a buffer of ours would not wake poll.
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, bufsize=0)
+class Program:
+    """A program at work, as a context at whose end it has ended."""
 
+    def __init__(self, words: Sequence[str]) -> None:
+        """OSError: there is none."""
+        self._name = words[0]
+        self._began = monotonic()
+        self._rest = b""
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "LC_ALL": "C"}, bufsize=0
+        )
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    def line(self, deadline: float, check: Callable[[], None]) -> str | None:
+        """Its next line, however that ends; None: it prints no more. CommandError: none comes before the deadline."""
+        assert self._process.stdout is not None
+        watch = select.poll()
+        watch.register(self._process.stdout, select.POLLIN)
+        while b"\n" not in self._rest and len(self._rest) < LONGEST_LINE:
+            check()
+            self._look_at(deadline)
+            if not watch.poll(LOOK * 1000):
+                continue
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                break
+            self._rest += data
+        else:
+            end = self._rest.find(b"\n", 0, LONGEST_LINE) + 1 or LONGEST_LINE
+            line, self._rest = self._rest[:end], self._rest[end:]
+            return line.decode(errors="replace").rstrip()
+        line, self._rest = self._rest, b""
+        return line.decode(errors="replace").rstrip() if line else None
+
+    def status(self, deadline: float) -> int:
+        """How it ended. CommandError: it did not before the deadline."""
+        while (status := self._process.poll()) is None:
+            self._look_at(deadline)
+            sleep(LOOK / 10)
+        return status
+
+    def _look_at(self, deadline: float) -> None:
+        if (now := monotonic()) >= deadline:
+            raise CommandError(f"no end of {self._name} after {now - self._began:.0f} s")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
