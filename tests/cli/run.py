@@ -6,9 +6,10 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 MARK = "VIRTIO_TEST_MARK"
 LIMIT = 90
@@ -28,6 +29,22 @@ def run(*words: str, before: Sequence[str] = (), **more: str) -> subprocess.Comp
     return subprocess.run(
         [*before, *command(*words)], capture_output=True, text=True, timeout=LIMIT, env=environment(**more), stdin=subprocess.DEVNULL
     )
+
+
+@contextmanager
+def started(words: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
+    """A process beside the test. At the end it is none any more, by force if need be: so a test that fails tells why, and nothing else."""
+    with subprocess.Popen(words, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def beside(*words: str, **more: str) -> AbstractContextManager["subprocess.Popen[str]"]:
+    """The command beside the test, its output and errors in pipes. `more`: environment variables."""
+    return started(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**more))
 
 
 def failed(done: subprocess.CompletedProcess[str], code: int) -> str:

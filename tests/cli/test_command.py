@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.cli.run import LIMIT, command, environment, failed, run
+from tests.cli.run import LIMIT, command, environment, failed, run, started
 from virtio.cli.app import cli
 
 ESCAPE = "\x1b"
@@ -22,19 +22,19 @@ SUBCOMMANDS = ("probe", "demo", "completion")
 def on_terminal(*words: str, **more: str) -> tuple[int, str]:
     """Runs the command on a terminal of its own; exit code, and what the terminal got."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command(*words), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**more))
-    os.close(theirs)
-    text = b""
-    while True:
-        try:
-            data = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not data:
-            break
-        text += data
-    os.close(ours)
-    return process.wait(LIMIT), text.decode()
+    with started(command(*words), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**more)) as process:
+        os.close(theirs)
+        text = b""
+        while True:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not data:
+                break
+            text += data
+        os.close(ours)
+        return process.wait(LIMIT), text.decode()
 
 
 def test_version_help_and_no_words_at_all() -> None:
@@ -182,13 +182,13 @@ def test_a_signal_is_one_line_and_exit_code_1(number: signal.Signals) -> None:
         "import os, sys, virtio.cli.inspect as i; i.inspect = lambda *_: (os.write(1, b'.'), __import__('time').sleep(60)); "
         "from virtio.cli import main; sys.exit(main(['probe', 'emulated:rng']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    assert process.stdout is not None
-    assert process.stdout.read(1) == b"."
-    process.send_signal(number)
-    said = process.communicate(timeout=LIMIT)[1].decode()
-    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-    assert (process.returncode, said) == (1, f"virtio: {words[number]}\n")
+    with started([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."
+        process.send_signal(number)
+        said = process.communicate(timeout=LIMIT)[1].decode()
+        words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+        assert (process.returncode, said) == (1, f"virtio: {words[number]}\n")
 
 
 def test_a_signal_whose_exception_gets_lost_ends_the_command_all_the_same() -> None:

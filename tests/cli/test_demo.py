@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.run import LIMIT, command, environment, failed, marked, nothing_left, run, until_it_listens
+from tests.cli.run import LIMIT, beside, failed, marked, nothing_left, run, until_it_listens
 from tests.cli.run import MARK as MARK_NAME
 
 pytestmark = pytest.mark.qemu
@@ -109,10 +108,7 @@ def test_where_the_tun_device_is_closed_it_says_so(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
-    with nothing_left(tmp_path) as more:
-        process = subprocess.Popen(
-            command("demo", "--seconds", "60"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**more)
-        )
+    with nothing_left(tmp_path) as more, beside("demo", "--seconds", "60", **more) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("$ iperf3"):
@@ -126,14 +122,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["ping", "iperf3", "qemu-system-x86_64"])
 def test_a_program_that_dies_in_the_middle_ends_it_with_one_line(victim: str, tmp_path: Path) -> None:
     qemu = victim.startswith("qemu")
-    with nothing_left(tmp_path) as more:
-        process = subprocess.Popen(
-            command("demo", "--seconds", "30", *(["--qemu"] if qemu else [])),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**more),
-        )
+    with nothing_left(tmp_path) as more, beside("demo", "--seconds", "30", *(["--qemu"] if qemu else []), **more) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("PING " if victim == "ping" else "[ ID]"):
@@ -152,14 +141,7 @@ def test_ended_at_any_moment_it_leaves_nothing(seed: int, tmp_path: Path) -> Non
     chance = random.Random(seed)
     words = [word for word in ("--qemu", "--packed", "--json") if chance.random() < 0.5]
     number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    with nothing_left(tmp_path) as more:
-        process = subprocess.Popen(
-            command("demo", "--seconds", "30", *words),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**more),
-        )
+    with nothing_left(tmp_path) as more, beside("demo", "--seconds", "30", *words, **more) as process:
         until_it_listens(process)
         sleep(chance.uniform(0, 3))
         process.send_signal(number)
@@ -172,14 +154,7 @@ def test_ended_at_any_moment_it_leaves_nothing(seed: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("seed", range(4))
 def test_any_of_its_processes_killed_leaves_nothing(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    with nothing_left(tmp_path) as more:
-        process = subprocess.Popen(
-            command("demo", "--seconds", "30", "--qemu"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**more),
-        )
+    with nothing_left(tmp_path) as more, beside("demo", "--seconds", "30", "--qemu", **more) as process:
         until_it_listens(process)
         sleep(chance.uniform(0.2, 3))
         for _ in range(100):  # one that has ended since it was seen is no victim

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.run import LIMIT, command, environment, failed, nothing_left, run, until_it_listens
+from tests.cli.run import LIMIT, beside, failed, nothing_left, run, until_it_listens
 from virtio.devices.net import NetFeature
 from virtio.devices.net_device import NetDevice
 from virtio.features import Features
@@ -146,10 +146,7 @@ def test_what_qemu_refuses_is_one_line_with_its_own_message(device: str, said: s
 def test_killed_at_any_moment_it_leaves_nothing(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    with nothing_left(tmp_path) as more:
-        process = subprocess.Popen(
-            command("probe", "qemu:virtio-net-pci"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**more)
-        )
+    with nothing_left(tmp_path) as more, beside("probe", "qemu:virtio-net-pci", **more) as process:
         try:
             until_it_listens(process)
             process.wait(chance.uniform(0, 0.6))
