@@ -94,7 +94,7 @@ qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
 peers: ## the tests against QEMU's device models
 	pytest -m qemu
 
-uml-tools: ## User-Mode Linux, ip and ping, where missing
+uml-tools: ## User-Mode Linux, ip, ping and iperf3, where missing
 	@scripts/uml.sh
 
 uml: ## the tests in which Linux's own drivers use our devices

@@ -198,6 +198,13 @@ class Device:
             self._status |= Status.NEEDS_RESET
             self._notify_config()
 
+    @locked
+    def check_queues(self) -> None:
+        """For those who serve queues outside their handlers: `need_reset`, if one is broken and the driver does not know."""
+        live = self.state is DeviceState.DRIVER_OK
+        if live and any(served.queue.broken is not None for served in self._served.values()):
+            self.need_reset()
+
     # The far end, for transports.
 
     @property

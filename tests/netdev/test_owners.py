@@ -143,8 +143,8 @@ class Own:
     def doorbell(self, index: int) -> EventFd | None:
         return self._device.doorbell(index)
 
-    def need_reset(self) -> None:
-        self._device.need_reset()
+    def check_queues(self) -> None:
+        self._device.check_queues()
 
 
 def test_an_end_of_ones_own_carries_an_interface() -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.netdev.wires import Wire, frame, number_of
 from tests.qemu.conftest import Machines, only
 from virtio import Burst, Feature, NetDevice, NetDriver
 from virtio.features import Features
+from virtio.netdev import Namespace, Netdev
 from virtio.pci.qtest import QemuMachine
 from virtio.vhost_user.backend import Backend
 
@@ -122,3 +124,28 @@ def test_the_back_end_waits_until_qemu_listens(machines: Machines, binary: str, 
         options = ["-chardev", f"socket,id=vu,path={path},server=on"]
         with machines(card(binary), netdevs=["vhost-user,id=n0,chardev=vu"], options=options) as machine:
             drive(machine, 50)
+
+
+def test_an_interface_goes_with_qemus_card(guest: Callable[[], QemuMachine], tmp_path: Path, ring_features: Features) -> None:
+    device = NetDevice(offered=NetDevice.features | {Feature.EVENT_IDX, Feature.INDIRECT_DESC, *ring_features})
+    errors: list[Exception] = []
+    with Namespace() as namespace, Netdev(device, "tap0", namespace=namespace) as tap:
+        tap.follow(errors.append)
+        with serving(str(tmp_path / "net"), device), Wire(namespace, "tap0") as wire:
+            for _ in range(2):  # one machine after the other, each with several resets
+                with guest() as machine, only(machine) as transport, NetDriver(transport) as driver:
+                    for life in range(3):
+                        wire.ready()
+                        for number in range(50):
+                            assert driver.send_frames([frame(number)]) == 1
+                            wire.send(number)
+                        assert wire.receive(50) == list(range(50))
+                        found: list[int] = []
+                        while len(found) < 50:
+                            assert driver.wait(30.0)
+                            found += [number_of(data) for data in driver.receive_frames() if data[12:14] == frame(0)[12:14]]
+                        assert found == list(range(50))
+                        if life < 2:
+                            driver.restart()
+        assert not tap.running and tap.error is None
+    assert not errors

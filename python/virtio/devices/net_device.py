@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -86,6 +86,8 @@ class NetDevice(AsyncBursts, Device):
         self._handled: Burst | None = None
         self.on_link: Callable[[bool], None] | None = None
         """Called with what the link became, by whoever sets it."""
+        self._watchers: list[Callable[[bool], object]] = []
+        self._told = False
 
     @property
     def pool(self) -> BufferPool:
@@ -124,6 +126,23 @@ class NetDevice(AsyncBursts, Device):
             self.change_config(self._config.pack())
             if self.on_link is not None:
                 self.on_link(up)
+
+    @locked
+    def watch_port(self, call: Callable[[bool], object]) -> None:
+        """For those who use the queues beside the port: calls `call(True)` once frames may move, which may be at once.
+
+        Before they may not any more, because a queue is taken off, it calls `call(False)`: when that returns nobody may use one. It comes
+        in the thread that changes the device, with the device locked: it must not raise, or wait for a thread that calls the device.
+        """
+        self._watchers.append(call)
+        if self._told:
+            call(True)
+
+    @locked
+    def unwatch_port(self, call: Callable[[bool], object]) -> None:
+        """Does not call it any more. Who is not known is passed over."""
+        with suppress(ValueError):
+            self._watchers.remove(call)
 
     def link_events(self) -> list[bool]:
         """None: here the link is set, not noticed."""
@@ -222,8 +241,8 @@ class NetDevice(AsyncBursts, Device):
     @locked
     def write_status(self, value: int) -> None:
         """As `Device.write_status`."""
-        super().write_status(value)
-        self._follow()
+        with self._moving():
+            super().write_status(value)
 
     @locked
     def setup_queue(
@@ -247,33 +266,53 @@ class NetDevice(AsyncBursts, Device):
     @locked
     def reset_queue(self, index: int) -> None:
         """As `Device.reset_queue`."""
-        super().reset_queue(index)
-        self._silence(index)
-        self._follow()
+        with self._moving():
+            super().reset_queue(index)
+            self._silence(index)
 
     @locked
     def stop_queue(self, index: int) -> int:
         """As `Device.stop_queue`."""
-        base = super().stop_queue(index)
-        self._silence(index)
-        self._follow()
+        with self._moving():
+            base = super().stop_queue(index)
+            self._silence(index)
         return base
 
     @locked
     def need_reset(self) -> None:
         """As `Device.need_reset`."""
-        super().need_reset()
-        self._follow()
+        with self._moving():
+            super().need_reset()
+
+    @locked
+    def reset(self) -> None:
+        """As `Device.reset`."""
+        with self._moving():
+            super().reset()
 
     def was_reset(self) -> None:
         """The port is gone with the queues."""
         for index in list(self._doorbells):
             self._silence(index)
-        self._follow()
 
     def _silence(self, index: int) -> None:
         with suppress(StatusError, OSError):  # a transport that is closed took its doorbells with it
             self._events.unregister(self._doorbells.pop(index).fileno())
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """While what the port stands on changes, nobody uses its queues."""
+        self._tell(False)
+        try:
+            yield
+        finally:
+            self._follow()
+
+    def _tell(self, live: bool) -> None:
+        if live != self._told:
+            self._told = live
+            for call in list(self._watchers):
+                call(live)
 
     def _follow(self) -> None:
         """There is a port while the device is live and both queues are enabled."""
@@ -281,6 +320,7 @@ class NetDevice(AsyncBursts, Device):
         live = self.state is DeviceState.DRIVER_OK and receiveq is not None and transmitq is not None
         old = self._port
         if live and old is not None and old.receiveq is receiveq and old.transmitq is transmitq:
+            self._tell(True)
             return
         if old is not None:
             self._totals = self.statistics
@@ -289,3 +329,4 @@ class NetDevice(AsyncBursts, Device):
             self._port = DevicePort(receiveq, transmitq, features=self._accepted)
             receiveq.disarm()
         self._changed.signal()
+        self._tell(live)

@@ -64,8 +64,8 @@ class DeviceEnd(LinkEnd, Protocol):
     def doorbell(self, index: int) -> EventFd | None:
         """What the driver rings for it."""
 
-    def need_reset(self) -> None:
-        """Stops until the driver resets the device (2.1.2)."""
+    def check_queues(self) -> None:
+        """Stops until the driver resets the device (2.1.2), if a queue is broken."""
 
 
 @runtime_checkable
@@ -205,9 +205,7 @@ class _Device(End):
 
     def failed(self) -> None:
         """A driver that broke a rule has to reset the device (2.1.2)."""
-        queues = [self.port.queue(index) for index in (_RECEIVEQ1, _TRANSMITQ1)]
-        if any(queue is not None and queue.broken is not None for queue in queues):
-            self.port.need_reset()
+        self.port.check_queues()
 
 
 def end_of(port: object) -> End:

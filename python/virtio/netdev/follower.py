@@ -1,0 +1,137 @@
+"""How an interface goes with its device: pumps begin when the port is live, and let go before a queue is taken off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Lock
+from typing import Any, Final, Protocol, runtime_checkable
+
+from virtio._core import EventFd
+from virtio.errors import SpecViolation, StatusError, TransportError, VirtioError
+from virtio.netdev.running import Life
+
+PAUSE: Final = 0.5
+"""Seconds without queues that do not show at the carrier: a transport moves them."""
+
+_log = logging.getLogger("virtio.netdev")
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A port that tells before its queues are taken off: `NetDevice`, and whatever has these."""
+
+    def watch_port(self, call: Callable[[bool], object]) -> None:
+        """As `NetDevice.watch_port`."""
+
+    def unwatch_port(self, call: Callable[[bool], object]) -> None:
+        """As `NetDevice.unwatch_port`."""
+
+
+class Follower:
+    """Begins and halts the pumps of one interface. Its thread tells of errors: it alone waits for the device while it does so."""
+
+    def __init__(self, interface: Any, report: Callable[[Exception], object] | None) -> None:
+        """TypeError: the interface's port tells nobody when its queues go."""
+        if not isinstance(interface.port, Watched):
+            raise TypeError(f"{type(interface.port).__name__} is no device's end of a network device: start its interface when it is live")
+        self._port: Watched = interface.port
+        self._interface = interface
+        self._report = report
+        self._look = EventFd()
+        self._hooking = Lock()
+        self._over = False
+
+    def hook(self) -> None:
+        """Hears of the port from now on."""
+        self._port.watch_port(self._told)
+        if self._over:  # stopped meanwhile
+            self.unhook()
+
+    def unhook(self) -> None:
+        """No more."""
+        with self._interface._lock:
+            self._over = True
+        self._port.unwatch_port(self._told)
+
+    def _told(self, live: bool) -> None:
+        """By the port, in the thread that changes the device, with the device locked."""
+        interface = self._interface
+        if os.getpid() != interface._process:  # a forked child: pumps are its parent's
+            return
+        with interface._lock:
+            interface._halt()
+            if live and not self._over:
+                try:
+                    interface._begin()
+                except BaseException as error:
+                    self._give_up(error)
+            self._look.signal()
+
+    def watch(self, stop: EventFd) -> None:
+        """Until `stop` is signalled: tells of errors, pulls the cable after a while without a port, and notices that the TAP is gone."""
+        interface = self._interface
+        tap = interface._tap
+        try:
+            while True:
+                life = interface._life
+                idle = life is None and interface._plugged
+                failures = set() if life is None else set(life.failures)
+                sleep_on = select.poll()
+                for descriptor in (stop.fileno(), self._look.fileno(), *failures):
+                    sleep_on.register(descriptor, select.POLLIN)
+                if life is None and not self._over:  # its end wakes who waits for this kind of data, of which there is none
+                    sleep_on.register(tap, select.POLLRDBAND)
+                ready = {descriptor for descriptor, _ in sleep_on.poll(PAUSE * 1000 if idle else None)}
+                if stop.fileno() in ready:
+                    return
+                self._look.drain()
+                if tap in ready:
+                    self._give_up(TransportError("the TAP is gone"))
+                elif life is not None:
+                    self._settle(life)
+                elif not ready:
+                    with interface._lock:
+                        if interface._life is None:
+                            interface._unplug()
+        except BaseException as error:  # what `report` raises, too
+            self._give_up(error)
+        finally:
+            self._look.close()
+
+    def _settle(self, life: Life) -> None:
+        """Looks at what has become of one."""
+        interface = self._interface
+        errors = life.errors
+        if not errors:
+            return
+        with interface._lock:
+            if interface._life is life:
+                interface._halt()
+        for error in errors:
+            if not isinstance(error, SpecViolation | StatusError):
+                self._give_up(error)
+                return
+            self._tell(error)
+        with suppress(VirtioError):
+            interface._end.failed()
+
+    def _tell(self, error: Exception) -> None:
+        if self._report is not None:
+            self._report(error)
+        else:
+            _log.warning("%s", error)
+
+    def _give_up(self, error: BaseException) -> None:
+        interface = self._interface
+        with interface._lock:
+            if self._over:
+                return
+            self._over = True
+            interface._error = error
+            interface._halt()
+            interface._unplug()
+            interface._ended.signal()

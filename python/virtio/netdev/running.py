@@ -1,0 +1,315 @@
+"""Pumps in threads: how an interface, or several together, is started, watched and stopped."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from math import ceil
+from threading import RLock, Thread, current_thread
+from types import TracebackType
+from typing import Protocol, Self
+
+from virtio._core import EventFd, Pump, PumpRunner
+from virtio.driver import LONGEST_SLEEP
+from virtio.errors import StatusError, VirtioError
+from virtio.netdev.ends import End, Pumps
+
+
+class Member(Protocol):
+    """An interface, for what runs it."""
+
+    _end: End
+    _pumps: Pumps | None
+
+    def _plug(self) -> Pumps:
+        """Makes the pumps, and brings the interface up."""
+
+    def _pull(self) -> None:
+        """The pumps have ended."""
+
+    def _unplug(self) -> None:
+        """The cable is pulled."""
+
+    def _remove(self) -> None:
+        """The interface goes."""
+
+    def _claim(self) -> None:
+        """The port's queues are this interface's. StatusError: another has them."""
+
+    def _release(self) -> None:
+        """They are nobody's."""
+
+
+class Life:
+    """What runs from one start to the next stop: a thread for each direction."""
+
+    def __init__(self, groups: Sequence[list[Pump]]) -> None:
+        self._pumps = [pump for group in groups for pump in group]
+        self._runners = [PumpRunner(group) for group in groups]
+        self._failed = EventFd()
+        self._raised: list[BaseException] = []
+        self.threads: list[Thread] = []
+        """Those that have begun."""
+
+    def begin(self) -> None:
+        """Starts the threads. RuntimeError: no more of them are to be had; call `end`."""
+        for runner in self._runners:
+            thread = Thread(target=self._run, args=(runner,), name="virtio-pump", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def end(self) -> None:
+        """Returns once no pump has its queue any more."""
+        for runner in self._runners:
+            runner.stop()
+        for thread in self.threads:
+            thread.join()
+
+    @property
+    def failures(self) -> list[int]:
+        """Descriptors that are readable once there are `errors`."""
+        return [self._failed.fileno(), *(runner.failed.fileno() for runner in self._runners)]
+
+    @property
+    def errors(self) -> list[BaseException]:
+        """What ended pumps, or whole threads."""
+        found = [pump.error for pump in self._pumps if pump.error is not None]
+        return found or self._raised
+
+    def _run(self, runner: PumpRunner) -> None:
+        try:
+            runner.run()
+        except BaseException as error:
+            self._raised.append(error.with_traceback(None))  # which leads to this, and stays with a queue
+            self._failed.signal()
+
+
+class Running:
+    """Starts and stops the pumps of one interface or of several, with one thread for each direction and one that watches devices.
+
+    No thread that may have to wait for a device is joined under the lock here: who changes a device that is followed waits for that lock.
+    """
+
+    def __init__(self, *members: Member) -> None:
+        self._members = members
+        self._life: Life | None = None
+        self._watcher: tuple[Thread, EventFd] | None = None
+        self._lock = RLock()
+        self._error: BaseException | None = None
+        self._ended = EventFd()
+        self._ended.signal()
+        self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def running(self) -> bool:
+        """Whether frames move: it was started, and nothing has ended it since."""
+        return self._life is not None and not self._ended.wait(0)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it; None if nothing did. Starting it again forgets that."""
+        return self._error
+
+    def fileno(self) -> int:
+        """For a selector: readable when it has ended."""
+        return self._ended.fileno()
+
+    def start(self) -> None:
+        """Plugs the cables in: frames move from now on. StatusError, ValueError, TapError: as `Netdev.start`."""
+        with self._starting():
+            self._begin()
+            self._watch_with(self._watch)
+
+    def stop(self) -> None:
+        """Pulls the cable: returns once nothing moves any more. The interface stays, and can be started again.
+
+        StatusError, here as for `start` and `close`: called from a port's `on_link`, which runs in the interface's own thread. Here as for
+        `start`: called in a forked child of the process that made the interface.
+        """
+        self._check_caller()
+        with self._lock:
+            self._halt()
+            for member in self._members:
+                member._unplug()
+                member._release()
+            watcher, self._watcher = self._watcher, None
+            with suppress(StatusError):  # closed before
+                self._ended.signal()
+        if watcher is not None:
+            thread, stop = watcher
+            stop.signal()
+            thread.join()
+            stop.close()
+
+    def close(self) -> None:
+        """Stops it and removes the interface. Closing twice is closing once; what ended it is in `error`.
+
+        A forked child lets go of its own descriptors, and no more: interface, threads and port are its parent's.
+        """
+        if os.getpid() != self._process:
+            self._let_go()
+            return
+        self._check_caller()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.stop()
+        with self._lock:
+            for member in self._members:
+                member._remove()
+            self._ended.close()
+
+    def check(self) -> None:
+        """Raises what ended it: SpecViolation or StatusError of a queue, DeviceNeedsReset, TransportError (device or TAP is gone)."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps until it has ended, and raises what ended it; true if it was stopped, false if `timeout` seconds have passed."""
+        if self._closed:
+            self.check()
+            return True
+        sleep_on = select.poll()
+        sleep_on.register(self._ended.fileno(), select.POLLIN)
+        ready = sleep_on.poll(None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000))
+        self.check()
+        return bool(ready)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Makes sure that it may be started, and tidies up after what was before."""
+        self._check_caller()
+        with self._lock:
+            self._check_idle()
+        self.stop()
+        with self._lock:
+            self._check_idle()
+            self._error = None
+            self._ended.drain()
+            try:
+                for member in self._members:
+                    member._claim()
+                yield
+            except BaseException:
+                self._halt()
+                for member in self._members:
+                    member._unplug()
+                    member._release()
+                self._ended.signal()
+                raise
+
+    def _check_idle(self) -> None:
+        if self._closed:
+            raise StatusError("the interface is closed")
+        if not self._ended.wait(0):
+            raise StatusError("the interface runs already")
+
+    def _let_go(self) -> None:
+        """Closes the descriptors that a forked child has. Locks and threads are the parent's: nobody here would ever free or end them."""
+        if self._closed:
+            return
+        self._closed = True
+        watcher, self._watcher, self._life = self._watcher, None, None
+        if watcher is not None:
+            watcher[1].close()
+        self._ended.close()
+        for member in self._members:
+            for pump in member._pumps or ():
+                pump.close()
+            member._remove()
+
+    def _check_caller(self) -> None:
+        if os.getpid() != self._process:
+            raise StatusError(f"the interface was made in process {self._process}: its forked child {os.getpid()} can only close it")
+        life, watcher = self._life, self._watcher
+        threads = [*([] if life is None else life.threads), *([] if watcher is None else watcher[:1])]
+        if current_thread() in threads:  # it would wait for itself, or for one who waits for it
+            raise StatusError("an interface is not started, stopped or closed from its own thread, where on_link is called")
+
+    def _begin(self) -> None:
+        """Starts pumps. StatusError, ValueError, TapError: as `Netdev.start`."""
+        groups: list[list[Pump]] = [[], []]
+        try:
+            # The end that writes frames to the queue goes first, so that the other finds them in the same round.
+            for member in self._members:
+                pumps = member._plug()
+                groups[0].append(pumps.transmit)
+                groups[1].append(pumps.receive)
+            self._life = Life(groups)
+            self._life.begin()
+        except BaseException:
+            self._halt()
+            raise
+
+    def _halt(self) -> None:
+        """Stops pumps: when it returns they have let go of their queues."""
+        with self._lock:
+            life, self._life = self._life, None
+            if life is not None:
+                life.end()
+            for member in self._members:
+                member._pull()
+
+    def _watch_with(self, target: Callable[[EventFd], None]) -> None:
+        """Has this run in a thread until its argument is signalled."""
+        stop = EventFd()
+        thread = Thread(target=target, args=(stop,), name="virtio-link", daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # no more threads to be had
+            stop.close()
+            raise
+        self._watcher = thread, stop
+
+    def _watch(self, stop: EventFd) -> None:
+        """Looks at a device's status and link when its configuration changed, and stops everything when one pump has ended."""
+        if (life := self._life) is None:
+            return
+        with self._interrupts() as interrupts:
+            failures = set(life.failures)
+            sleep_on = select.poll()
+            for descriptor in (stop.fileno(), *failures, *interrupts):
+                sleep_on.register(descriptor, select.POLLIN)
+            try:
+                while stop.fileno() not in (ready := {descriptor for descriptor, _ in sleep_on.poll()}):
+                    if ready & failures:
+                        raise next(iter(life.errors), StatusError("a pump has ended"))
+                    for descriptor in ready:
+                        event, member = interrupts[descriptor]
+                        event.drain()
+                        member._end.check()
+            except BaseException as error:
+                self._fail(life, error)
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[dict[int, tuple[EventFd, Member]]]:
+        """The ends' configuration interrupts, as descriptors of our own: theirs may be closed while we sleep on them."""
+        found: dict[int, tuple[EventFd, Member]] = {}
+        try:
+            for member in self._members:
+                if (interrupt := member._end.config_interrupt) is not None:
+                    event = EventFd.from_fd(interrupt.fileno())
+                    found[event.fileno()] = event, member
+            yield found
+        finally:
+            for event, _ in found.values():
+                event.close()
+
+    def _fail(self, life: Life, error: BaseException) -> None:
+        self._error = error
+        life.end()
+        for member in self._members:
+            with suppress(VirtioError, OSError):
+                member._end.failed()
+            member._unplug()
+        self._ended.signal()

@@ -1,0 +1,332 @@
+"""An interface goes with its device through resets, moves, and front-ends that vanish: over vhost-user, with a front-end by hand."""
+
+import gc
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.netdev.wires import Wire, carrier, frame, number_of
+from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
+from virtio import Feature, NetDevice, NetDriver, SpecViolation, StatusError, TransportError
+from virtio.features import Features
+from virtio.netdev import Namespace, Netdev
+from virtio.transport.loopback import LoopbackTransport
+from virtio.vhost_user.backend import Backend
+from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.message import Region
+
+HEADER, ROOM = 12, 2048
+NEEDS_RESET = 0x40
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    """What happens in another thread, or in the kernel's own time."""
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline, "thirty seconds have passed"
+        time.sleep(0.002)
+
+
+class Guest:
+    """The driver's side by hand: both queues, and frames that are numbers."""
+
+    def __init__(self, frontend: Frontend, ring_features: Features) -> None:
+        self.frontend = frontend
+        frontend.negotiate(ring_features | {Feature.EVENT_IDX})
+        self.receiveq, self.transmitq = frontend.queue(0, 32), frontend.queue(1, 32)
+        self._rooms = [frontend.room(ROOM) for _ in range(48)]
+        for token, place in enumerate(self._rooms[:16]):
+            self.receiveq.add(token, writable=[place])
+        self.receiveq.publish()
+        self.free = list(range(16, 48))
+        self.frames: list[int] = []
+
+    def start(self) -> None:
+        """Hands both rings over, for the first time."""
+        for queue in (self.receiveq, self.transmitq):
+            self.frontend.start(queue)
+
+    def send(self, number: int) -> None:
+        """Waits for room in the ring, which the pumps give without anybody's help."""
+        eventually(lambda: self._reclaimed() and bool(self.free))
+        token = self.free.pop()
+        data = bytes(HEADER) + frame(number)
+        self.frontend.memory.write(self._rooms[token][0] - GUEST, data)
+        self.transmitq.add(token, readable=[(self._rooms[token][0], len(data))])
+        self.transmitq.publish()
+
+    def break_a_rule(self) -> None:
+        """Sends what lies in memory that the device does not have."""
+        self.frontend.map([Region(GUEST, SIZE // 2, USER, 0)])
+        self.transmitq.add(99, readable=[(GUEST + SIZE - 4096, 100)])
+        self.transmitq.publish()
+
+    def _reclaimed(self) -> bool:
+        self.free += [int(token) for token, _ in self.transmitq.pop_used()]
+        return True
+
+    def receive(self) -> list[int]:
+        """What has come so far, its buffers given back."""
+        for token, length in self.receiveq.pop_used():
+            self.frames.append(number_of(self.frontend.look(self._rooms[token], length)[HEADER:]))
+            self.receiveq.add(token, writable=[self._rooms[token]])
+        self.receiveq.publish()
+        return self.frames
+
+    def expect(self, numbers: list[int]) -> None:
+        """Exactly these, in this order."""
+        eventually(lambda: len(self.receive()) >= len(numbers))
+        assert self.frames == numbers
+        self.frames = []
+
+
+@pytest.fixture
+def errors() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    with Namespace() as made:
+        with made.entered():
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+        yield made
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "s")
+
+
+@pytest.fixture
+def device() -> NetDevice:
+    return NetDevice()
+
+
+@pytest.fixture
+def tap(device: NetDevice, namespace: Namespace, errors: list[Exception]) -> Iterator[Netdev]:
+    """Follows its device, and leaves nothing."""
+    gc.collect()
+    before = descriptors()
+    with Netdev(device, "tap0", namespace=namespace) as made:
+        made.follow(errors.append)
+        yield made
+    gc.collect()
+    assert threading.active_count() == 1
+    assert descriptors() <= before
+
+
+@pytest.fixture
+def backend(path: str, device: NetDevice, tap: Netdev, errors: list[Exception]) -> Iterator[Backend]:
+    with Backend(path, device, report=errors.append) as made:
+        yield made
+
+
+@pytest.fixture
+def frontend(backend: Backend, path: str) -> Iterator[Frontend]:
+    with Frontend.at(path, backend) as made:
+        yield made
+
+
+@pytest.fixture
+def wire(namespace: Namespace, tap: Netdev) -> Iterator[Wire]:
+    with Wire(namespace, "tap0") as made:
+        yield made
+
+
+def test_frames_pass_and_none_is_lost_while_queues_are_taken_off_and_put_on(
+    frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception]
+) -> None:
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    wire.ready()
+    sent: list[int] = []
+    for turn in range(40):
+        for number in range(turn * 8, turn * 8 + 8):
+            guest.send(number)
+            wire.send(number)
+            sent.append(number)
+        match turn % 4:
+            case 0:  # while frames are on their way both ways
+                for queue in (guest.receiveq, guest.transmitq):
+                    frontend.start(queue, base=frontend.stop(queue.index))
+            case 1:
+                frontend.map([Region(GUEST, SIZE, USER, 0)])
+            case 2:
+                frontend.start(guest.transmitq, base=frontend.stop(1))
+            case _:
+                pass
+        guest.receive()
+    assert wire.receive(len(sent)) == sent
+    guest.expect(sent)
+    assert tap.running and tap.carrier
+    assert not errors
+
+
+def test_a_front_end_vanishes_and_another_comes(
+    backend: Backend, path: str, tap: Netdev, wire: Wire, namespace: Namespace, ring_features: Features, errors: list[Exception]
+) -> None:
+    assert not tap.carrier
+    for _ in range(3):
+        with Frontend.at(path, backend) as frontend:
+            guest = Guest(frontend, ring_features)
+            guest.start()
+            wire.ready()
+            for number in range(20):
+                guest.send(number)
+                wire.send(number)
+            assert wire.receive(20) == list(range(20))
+            guest.expect(list(range(20)))
+        backend.process(1.0)
+        assert not backend.connections and not tap.running
+        eventually(lambda: not carrier(namespace, "tap0"))
+        assert not tap.wait(0)
+    assert not errors
+
+
+def test_a_short_pause_does_not_show_at_the_carrier(frontend: Frontend, tap: Netdev, namespace: Namespace, ring_features: Features) -> None:
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    eventually(lambda: carrier(namespace, "tap0"))
+    base = frontend.stop(0)
+    assert not tap.running and tap.carrier and carrier(namespace, "tap0")
+    frontend.start(guest.receiveq, base=base)
+    assert tap.running and tap.carrier and carrier(namespace, "tap0")
+
+
+def test_a_hostile_driver_breaks_the_queue_once_and_the_interface_waits_for_a_reset(
+    frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception]
+) -> None:
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    guest.break_a_rule()
+    assert frontend.errors[1].wait(30)
+    status = frontend.ask(F.GET_STATUS)
+    assert status is not None and status.payload.value & NEEDS_RESET
+    eventually(lambda: not tap.running)
+    assert [isinstance(error, SpecViolation) for error in errors] == [True]
+    assert frontend.errors[1].drain() and not frontend.errors[0].drain()
+    errors.clear()
+    wire.send(1)  # goes nowhere, or to the next driver
+    frontend.ask(F.RESET_DEVICE)
+    again = Guest(frontend, ring_features)
+    again.start()
+    again.send(7)
+    assert wire.receive(1) == [7]
+    assert tap.running and not frontend.errors[1].drain()
+    assert not errors
+
+
+def test_a_reset_begins_anew(frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception]) -> None:
+    for life in range(5):
+        guest = Guest(frontend, ring_features)
+        guest.start()
+        guest.send(life)
+        assert wire.receive(1) == [life]
+        frontend.ask(F.RESET_DEVICE)
+        assert not tap.running
+    assert not errors
+
+
+@pytest.mark.parametrize("driven", [True, False])
+def test_an_interface_that_is_deleted_ends_with_or_without_a_driver(
+    frontend: Frontend, tap: Netdev, namespace: Namespace, ring_features: Features, driven: bool
+) -> None:
+    if driven:
+        Guest(frontend, ring_features).start()
+    assert tap.running is driven
+    with namespace.entered():
+        subprocess.run(["ip", "link", "delete", "tap0"], check=True)
+    with pytest.raises(TransportError, match="the TAP is gone"):
+        tap.wait(30)
+    assert not tap.running
+
+
+def test_it_is_stopped_and_follows_again(frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features) -> None:
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    for number in range(5):
+        with pytest.raises(StatusError, match="runs already"):
+            tap.follow()
+        with pytest.raises(StatusError, match="runs already"):
+            tap.start()
+        tap.stop()
+        assert tap.wait(0) and not tap.running
+        guest.send(number)
+        tap.follow()  # the port is live already
+        assert tap.running
+        assert wire.receive(1) == [number]
+
+
+def test_only_a_devices_end_can_be_followed(namespace: Namespace) -> None:
+    with LoopbackTransport(NetDevice()) as transport, NetDriver(transport) as driver, Netdev(driver, "tap0", namespace=namespace) as vn0:
+        with pytest.raises(TypeError, match="NetDriver is no device's end"):
+            vn0.follow()
+        vn0.start()
+
+
+def test_in_this_process_it_follows_a_driver_that_restarts(namespace: Namespace, ring_features: Features) -> None:
+    device = NetDevice()
+    with LoopbackTransport(device) as transport, Netdev(device, "tap0", namespace=namespace) as tap:
+        tap.follow()
+        assert not tap.running
+        with Wire(namespace, "tap0") as wire, NetDriver(transport, wanted=ring_features) as driver:
+            for number in range(5):
+                assert driver.send_frames([frame(number)]) == 1
+                assert wire.receive(1) == [number]
+                wire.ready().send(number)
+                found: list[bytes] = []
+                while not found:
+                    assert driver.wait(30)
+                    found = driver.receive_frames()
+                assert [number_of(each) for each in found] == [number]
+                driver.restart()
+            device.need_reset()
+            assert not tap.running
+            driver.restart()
+            assert tap.running
+
+
+def test_devices_that_change_while_others_stop_and_follow_block_nobody(path: str, namespace: Namespace, ring_features: Features) -> None:
+    errors: list[Exception] = []
+    over = threading.Event()
+
+    def toggle(tap: Netdev) -> None:
+        while not over.is_set():
+            tap.stop()
+            tap.follow(errors.append)
+
+    device = NetDevice()
+    with ExitStack() as stack:
+        tap = stack.enter_context(Netdev(device, "tap0", namespace=namespace))
+        tap.follow(errors.append)
+        backend = stack.enter_context(Backend(path, device, report=errors.append))
+        frontend = stack.enter_context(Frontend.at(path, backend))
+        guest = Guest(frontend, ring_features)
+        guest.start()
+        threads = [
+            threading.Thread(target=toggle, args=(tap,)),
+            threading.Thread(target=lambda: [device.check_queues() for _ in range(2000)]),
+        ]
+        for thread in threads:
+            thread.start()
+        for turn in range(60):
+            if turn % 10 == 9:  # a rule is broken, noticed by the pumps if they run
+                guest.break_a_rule()
+                time.sleep(0.01)
+                frontend.ask(F.RESET_DEVICE)
+                guest = Guest(frontend, ring_features)
+                guest.start()
+                continue
+            for queue in (guest.receiveq, guest.transmitq):
+                frontend.start(queue, base=frontend.stop(queue.index))
+        over.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+    assert [error for error in errors if not isinstance(error, SpecViolation)] == []
