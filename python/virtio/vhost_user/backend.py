@@ -28,6 +28,8 @@ RETRY: Final = 0.1
 LOG_INTERVAL: Final = 0.05
 """Seconds between writes to a dirty log."""
 
+FRESH: Final = 0.001
+"""Seconds of serving after which connections are heard again before the next ring."""
 SEND_INTERVAL: Final = 0.01
 """Seconds between attempts to send what a front-end did not read yet."""
 
@@ -120,11 +122,13 @@ class Backend:
             self._connect()
         wait = self.wait_time
         sleep = wait if timeout is None else timeout if wait is None else min(wait, timeout)
-        done = 0
-        # Messages first: a ring that is disabled or moved by one is not served once more as it was.
-        events = [descriptor for descriptor, _ in self._epoll.poll(-1 if sleep is None else sleep)]
-        links = {connection.descriptor for connection in self._connections}
-        for descriptor in sorted(events, key=lambda each: each not in links):
+        # Messages first: a ring that is disabled or moved by one, or whose front-end is gone, is not served once more as it was.
+        done, others = self._hear(-1 if sleep is None else sleep)
+        heard = time.monotonic()
+        for descriptor in others:
+            if time.monotonic() - heard > FRESH:  # what was served before took its time
+                done += self._hear(0)[0]
+                heard = time.monotonic()
             if descriptor == self._wake.fileno():
                 self._wake.drain()
             elif (call := self._watched.get(descriptor)) is not None:
@@ -132,6 +136,9 @@ class Backend:
                 done += 1
         for connection in self._connections:
             if connection.busy:
+                if time.monotonic() - heard > FRESH:
+                    done += self._hear(0)[0]
+                    heard = time.monotonic()
                 done += connection.poll()
             if connection.waiting:
                 connection.receive()
@@ -139,6 +146,16 @@ class Backend:
                 connection.flush_log()
         self._forget()
         return done
+
+    def _hear(self, sleep: float) -> tuple[int, list[int]]:
+        """Carries out the messages that are there or come within `sleep` seconds; on how many connections, and what else is ready."""
+        events = [descriptor for descriptor, _ in self._epoll.poll(sleep)]
+        links = {connection.descriptor for connection in self._connections}
+        said = [descriptor for descriptor in events if descriptor in links]
+        for descriptor in said:
+            if (call := self._watched.get(descriptor)) is not None:
+                call()
+        return len(said), [descriptor for descriptor in events if descriptor not in links]
 
     def serve(self) -> None:
         """Processes until `stop`, or until the only connection that there can be has ended."""

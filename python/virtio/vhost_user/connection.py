@@ -101,6 +101,7 @@ class Connection:
         self._status = 0
         self._memories: dict[int, Memory] = {}
         self._lingering: list[Memory] = []
+        self._unread = False
         self._channel: Link | None = None
         self._log: Memory | None = None
         self._logging = False
@@ -131,8 +132,10 @@ class Connection:
 
     def receive(self) -> None:
         """Reads and carries out the messages that are there, up to `MESSAGES`."""
+        self._unread = True
         for _ in range(MESSAGES):
             if self.closed or (received := self._receive()) is None:
+                self._unread = False
                 return
             data, descriptors = received
             if not data:
@@ -400,9 +403,15 @@ class Connection:
 
     # Serving.
 
+    def _heard(self) -> bool:
+        """Whether rings are to be served: not before what has come is carried out, since that may stop one, or be the end."""
+        if self._unread:
+            self.receive()
+        return not self.closed and not self._unread
+
     def poll(self) -> int:
         """Serves the device's queues; how many handler calls that took. Whatever a handler raises ends the connection."""
-        if self.closed:
+        if not self._heard():
             return 0
         try:
             calls = self.device.poll()
@@ -421,8 +430,7 @@ class Connection:
         return calls
 
     def _discard(self, ring: Ring) -> None:
-        queue = ring.discarding
-        if queue is None or ring.kick is None:
+        if not self._heard() or (queue := ring.discarding) is None or ring.kick is None:
             return
         ring.kick.drain()
         batch = queue.batch(DISCARD_BATCH)

@@ -1,0 +1,99 @@
+"""No ring is served for a front-end that has gone or has stopped it: the memory may be a file that somebody else has by now."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.vhost_user.frontend import GUEST, Frontend
+from virtio import DriverQueue, Feature
+from virtio.devices.rng import RngDevice
+from virtio.features import Features
+from virtio.vhost_user import message as wire
+from virtio.vhost_user.backend import FRESH, Backend
+from virtio.vhost_user.connection import MESSAGES
+from virtio.vhost_user.message import FrontendRequest as F
+
+FEATURES = Features({Feature.VERSION_1})
+
+
+class Waiting:
+    """A front-end of a random generator, with a buffer in its ring that nobody has looked at yet."""
+
+    def __init__(self, path: str, backend: Backend) -> None:
+        self.frontend = Frontend.at(path, backend)
+        self.frontend.negotiate(FEATURES)
+        self.queue: DriverQueue = self.frontend.queue(0)
+        self.frontend.start(self.queue)
+        self.place = self.frontend.room(16)
+
+    def ask(self) -> None:
+        self.queue.add(None, writable=[self.place])
+        self.queue.publish()
+
+    def say(self, request: F, payload: wire.Payload) -> None:
+        """Without waiting until it is heard."""
+        self.frontend.raw(wire.encode(request, payload))
+
+    def vanish(self) -> None:
+        self.frontend.socket.close()
+
+    def served(self) -> int:
+        """Buffers that the device gave back."""
+        return self.frontend.memory.load(self.queue.areas[2] - GUEST + 2, 2)
+
+    def close(self) -> None:
+        self.frontend.close()
+
+
+@pytest.mark.parametrize("poll", [False, True], ids=["kicked", "polled"])
+@pytest.mark.parametrize("does", ["vanishes", "disables"])
+def test_whoever_goes_while_another_is_served_is_not_served_any_more(does: str, poll: bool, tmp_path: Path) -> None:
+    calls: list[Callable[[], None]] = []
+
+    def source(count: int) -> bytes:
+        """What one device does lasts; the other's front-end does not wait for it."""
+        if calls:
+            calls.pop()()
+            time.sleep(2 * FRESH)
+        return bytes(count)
+
+    with Backend(str(tmp_path / "s"), lambda: RngDevice(source), poll=poll) as backend:
+        both = [Waiting(str(tmp_path / "s"), backend) for _ in range(2)]
+        for each in both:
+            each.ask()
+
+        def other_goes() -> None:
+            for each in both:
+                if does == "vanishes":
+                    each.vanish()
+                else:
+                    each.say(F.SET_VRING_ENABLE, wire.VringState(0, 0))
+
+        calls.append(other_goes)
+        while backend.process():
+            pass
+        assert not calls and sorted(each.served() for each in both) == [0, 1]
+        for each in both:
+            each.close()
+
+
+@pytest.mark.parametrize("many", [1, 200, *range(MESSAGES // 2 - 4, MESSAGES // 2 + 1)])
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "goes on"])
+def test_whoever_says_much_is_served_when_it_has_said_it(many: int, ends: bool, tmp_path: Path) -> None:
+    with Backend(str(tmp_path / "s"), lambda: RngDevice(bytes)) as backend:
+        waiting = Waiting(str(tmp_path / "s"), backend)
+        waiting.ask()
+        for _ in range(many):
+            waiting.say(F.SET_VRING_ENABLE, wire.VringState(0, 1))
+        if not ends:
+            while backend.process():
+                pass
+            assert waiting.served() == 1
+            waiting.ask()
+        waiting.vanish()
+        while backend.process():
+            pass
+        assert backend.connections == 0 and waiting.served() == (0 if ends else 1)
+        waiting.close()
