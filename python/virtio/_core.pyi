@@ -34,6 +34,7 @@ __all__ = [
     "EventFd",
     "GuestMemory",
     "Memory",
+    "PortGroup",
     "Pump",
     "PumpRunner",
     "__version__",
@@ -655,6 +656,35 @@ class DevicePort:
     @property
     def counters(self) -> dict[str, Any]:
         """As of `DriverPort`."""
+
+@final
+class PortGroup:
+    """The ports of several queue pairs as one: what comes is taken in turn, what goes keeps each flow on one pair (5.1.6.5.5).
+
+    A flow has the same two ends in both directions: addresses and ports of TCP, UDP and SCTP, addresses of other IP packets, Ethernet
+    addresses of the rest. At a device's end it goes to the pair from which it last came, if that is known.
+    """
+
+    def __new__(cls, ports: tuple[DriverPort, ...] | tuple[DevicePort, ...], senders: SupportsIndex | None = None) -> Self:
+        """`senders`: how many of them, from the first on, are sent by; None: all. ValueError: not 1 to 32768 ports, or more senders."""
+    def one(self, pair: SupportsIndex) -> PortGroup:
+        """One of the pairs as a group, which shares with this one what is known of flows. ValueError: there is no such pair."""
+    def take(self, burst: Burst) -> int:
+        """Fills the burst by the first pair that can, and takes back on the way what others hold; returns how many slots there are."""
+    def send(self, burst: Burst) -> int:
+        """Sends each packet by its flow's pair; returns how many. The others stay in the burst, those of one pair in their order.
+
+        ValueError: an illegal row, of which nothing is sent, or what a port refuses. SpecViolation: as of the port that meets it.
+        """
+    def receive(self, burst: Burst) -> int:
+        """Gives back what the burst holds, and fills it by the first pair that has something, in turn; returns how many packets.
+
+        SpecViolation: as of the port that meets it; the next call begins with another.
+        """
+    def send_frames(self, frames: Iterable[Buffer]) -> int:
+        """Copies and sends frames, each by its flow's pair, up to the first for which there is no room; returns how many."""
+    def receive_frames(self, limit: int = 64) -> list[bytes]:
+        """Copies of the frames of the first pair that has some, in turn, at most `limit`."""
 
 @final
 class Pump:

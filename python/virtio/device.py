@@ -124,14 +124,15 @@ class Device:
     """
 
     device_id: ClassVar[int]
-    queues: ClassVar[tuple[str, ...]] = ()
+    queues: tuple[str, ...] = ()
+    """The queues' names by index. An instance may have its own, set before the constructor is called."""
     queue_size: ClassVar[int] = 256
     """Most entries of a queue: a power of two, at most 32768."""
     chain_limit: ClassVar[int | None] = None
     """Most descriptors of a chain, those of its table included; None: as many as the queue has entries. At most 1024, or that."""
     features: ClassVar[Iterable[int]] = ()
     rules: ClassVar[tuple[Requires, ...]] = ()
-    discarded: ClassVar[frozenset[int]] = frozenset()
+    discarded: frozenset[int] = frozenset()
     """Queues whose chains are discarded while the transport has them disabled (vhost-user); the others wait."""
     config: bytes = b""
 
@@ -145,11 +146,6 @@ class Device:
         check_negotiable(self.offered)
         if broken := broken_rules(self.offered, self.rules):
             raise ValueError(f"features offered without what they require: {broken}")
-        self._handlers: list[Callable[[DeviceQueue], None]] = []
-        for name in self.queues:
-            if not callable(handler := getattr(self, f"on_{name}", None)):
-                raise TypeError(f"{type(self).__name__} has no method on_{name} for its queue {name!r}")
-            self._handlers.append(handler)
         self.memory: Final = GuestMemory()
         """What of the driver's memory the device reaches; the transport fills it."""
         self.refused: FeatureNegotiationError | None = None
@@ -163,6 +159,9 @@ class Device:
         self._config_generation = 0
         self._queues_move = False
         self._assumed = Features()
+        for index, name in enumerate(self.queues):
+            if not callable(self.handler(index)):
+                raise TypeError(f"{type(self).__name__} has no method on_{name} for its queue {name!r}")
 
     # What a device type may override, beside its queues' handlers.
 
@@ -173,9 +172,12 @@ class Device:
     def was_reset(self) -> None:
         """The driver has reset the device (2.4): queues and chains of before are gone."""
 
-    @property
-    def served(self) -> bool:
-        """Whether `poll` is what serves the queues. False: somebody does by hand, and waits on the doorbells."""
+    def handler(self, index: int) -> Callable[[DeviceQueue], None]:
+        """What `poll` calls for queue `index`, as it is named when it is enabled: the method `on_<name>`."""
+        return getattr(self, f"on_{self.queues[index]}", None)  # type: ignore[return-value]  # which the constructor refuses
+
+    def serves(self, index: int) -> bool:
+        """Whether `poll` is what serves queue `index`. False: somebody does by hand, and waits on its doorbell."""
         return True
 
     # What a device type calls.
@@ -340,7 +342,7 @@ class Device:
         limit = self.chain_limit and min(self.chain_limit, max(LONGEST_CHAIN, size))
         queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit, base=base)
         queue.connect(interrupt)
-        self._served[index] = _Served(queue, doorbell, self._handlers[index], error)
+        self._served[index] = _Served(queue, doorbell, self.handler(index), error)
         self._queues_reset.discard(index)
 
     @locked
@@ -395,6 +397,9 @@ class Device:
         """
         calls = 0
         ready = dict(self._served)
+        for index, served in self._served.items():
+            if not self.serves(index) and served.queue.broken is None:
+                del ready[index]
         for _ in range(POLL_ROUNDS):
             for index, served in list(ready.items()):
                 if self.state is not DeviceState.DRIVER_OK:

@@ -4,8 +4,9 @@
         net.send_frames([bytes(60)])
         print(device.receive_frames())
 
-One queue pair, no control queue. Frames are Ethernet frames without their checksum; offloads are claimed in the header before each frame
-(`headers`), and what the other end does not take is completed here (checksums) or dropped (segmentation).
+One queue pair, or several with a control queue (`queue_pairs`), each a port of its own besides (`pair`). Frames are Ethernet frames without
+their checksum; offloads are claimed in the header before each frame (`headers`), and what the other end does not take is completed here
+(checksums) or dropped (segmentation).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from contextlib import suppress
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final
 
-from virtio._core import BufferPool, Burst, DriverPort, DriverQueue, Memory, net_header_size
-from virtio.devices import net_header
+from virtio._core import BufferPool, DriverPort, DriverQueue, Memory, PortGroup, net_header_size
+from virtio.devices import net_control, net_header
+from virtio.devices.net_control import Commands, ControlClass, ControlQueue
 from virtio.devices.net_device import NetDevice
 from virtio.devices.net_header import (
     CHECKSUMS,
@@ -27,9 +29,9 @@ from virtio.devices.net_header import (
     HOST_OFFLOADS,
     IMPLEMENTED,
     MAX_FRAME,
+    MULTIQUEUE,
     RECEIVEQ1,
     RULES,
-    TRANSMITQ1,
     UNKNOWN_SPEED,
     Config,
     GsoType,
@@ -38,10 +40,11 @@ from virtio.devices.net_header import (
     NetStatus,
     header_dtype,
 )
+from virtio.devices.net_pairs import DriverBursts, DriverPair, check_whole, connect, find_pair
 from virtio.driver import MEMORY_SIZE, RESET_TIMEOUT, RING_FEATURES, Driver, DriverState
-from virtio.errors import SpecViolation, StatusError
+from virtio.errors import SpecViolation
 from virtio.features import Features
-from virtio.port import AsyncBursts, add_statistics, counted, notifications
+from virtio.port import add_statistics
 from virtio.spec import Feature
 from virtio.status import locked
 from virtio.transport import Transport
@@ -58,9 +61,11 @@ __all__ = [
     "DEVICE_ID",
     "GUEST_OFFLOADS",
     "HOST_OFFLOADS",
+    "MULTIQUEUE",
     "RULES",
     "WANTED",
     "Config",
+    "ControlClass",
     "GsoType",
     "HeaderFlag",
     "NetDevice",
@@ -71,11 +76,15 @@ __all__ = [
 ]
 
 
-class NetDriver(AsyncBursts, Driver):
+class NetDriver(Commands, DriverBursts, Driver):
     """Drives a network device: initializes it, keeps receive buffers with it, and is a `Port`.
 
     `pool` gives slots, and `memory` is where the pool and the queues are: shared between drivers by passing one's `pool` to the other. What
-    is not given is made: a pool of `slots` slots of `slot_size` bytes, and memory for it and for the queues, or the transport's own.
+    is not given is made: a pool of `slots` slots of `slot_size` bytes for each queue pair, and memory for it and for the queues, or the
+    transport's own.
+
+    With more `queue_pairs` than one MQ and CTRL_VQ are asked for too, and as many pairs are used as the device has. Frames come from all of
+    them in turn, and go out with each flow on one; `pair(i)` is a port of its own.
 
     A queue that the device broke raises a SpecViolation once and stands still; so does a device that needs a reset (DeviceNeedsReset, from
     `wait`). `restart` begins anew.
@@ -93,13 +102,17 @@ class NetDriver(AsyncBursts, Driver):
         slots: int = 1024,
         slot_size: int = 2048,
         queue_size: int = 256,
+        queue_pairs: int = 1,
         required: Iterable[int] = (),
         wanted: Iterable[int] = WANTED,
     ) -> None:
         """Initializes the device. FeatureNegotiationError, TransportError, SpecViolation: that cannot be; the driver is then closed.
 
-        ValueError: sizes that cannot be, a pool that is not in `memory`, or one too small for a single receive buffer.
+        ValueError: sizes that cannot be, queue pairs outside 1..32768, a pool that is not in `memory`, or one too small for a single
+        receive buffer.
         """
+        if not 1 <= queue_pairs <= net_header.MAX_QUEUE_PAIRS:
+            raise ValueError(f"queue_pairs {queue_pairs} is outside 1..{net_header.MAX_QUEUE_PAIRS}")
         if pool is not None:
             if memory is not None and memory is not pool.memory:
                 raise ValueError("the pool is not in the memory given")
@@ -109,22 +122,23 @@ class NetDriver(AsyncBursts, Driver):
         self._rows = ceil(MAX_FRAME / max(1, slot_size - BufferPool.HEADROOM))
         self._own_memory: Memory | None = None
         if memory is None:
-            tables = 2 * queue_size * (min(self._rows, queue_size) * 16 + 64)
-            memory = self._own_memory = Memory(max(1, slots * slot_size) + max(0, tables) + MEMORY_SIZE)
+            tables = 2 * queue_pairs * queue_size * (min(self._rows, queue_size) * 16 + 64)
+            memory = self._own_memory = Memory(max(1, slots * slot_size * queue_pairs) + max(0, tables) + MEMORY_SIZE)
         self._own_pool: BufferPool | None = None
-        self._port: DriverPort | None = None
+        self._over: DriverPort | PortGroup | None = None
         self._headers: NDArray[np.void] | None = None
-        self._totals: dict[str, Any] = {}
+        self._pairs = tuple(DriverPair(self, number) for number in range(queue_pairs))
+        self._control_place: int | None = None
         self._link_events: deque[bool] = deque(maxlen=1024)
         self._link = True
         self.on_link: Callable[[bool], None] | None = None
         """Called with what the link became, by whichever call noticed."""
         self._queue_size = queue_size
-        self._asked = Features(required), Features(wanted, names=[NetFeature])
+        self._asked = Features(required), Features(wanted, names=[NetFeature]) | (MULTIQUEUE if queue_pairs > 1 else ())
         super().__init__(transport, memory=memory)
         with self.initializing():
             if pool is None:
-                pool = self._own_pool = BufferPool(memory, slots, slot_size=slot_size)
+                pool = self._own_pool = BufferPool(memory, slots * queue_pairs, slot_size=slot_size)
             self.pool: Final = pool
             self._start()
 
@@ -147,11 +161,33 @@ class NetDriver(AsyncBursts, Driver):
         speed = self._number("speed") if NetFeature.SPEED_DUPLEX in self._features else UNKNOWN_SPEED
         self.speed: int | None = speed if speed < 1 << 31 else None
         """Mbit/s, or None if the device does not say."""
-        self.receiveq: DriverQueue = self.setup_queue(RECEIVEQ1)
-        self.transmitq: DriverQueue = self.setup_queue(TRANSMITQ1)
-        self._port = self._make_port()
+        self._there = self._active = 0
+        there, control = self._find_queues()
+        for index in range(2 * there):
+            self.setup_queue(index)
+        self._there, self._active = there, 1
+        for pair in self._pairs[:there]:
+            self._make_port(pair)
+        self._control = None
+        if NetFeature.CTRL_VQ in self._features:
+            if self._control_place is None:
+                self._control_place = self.allocate(ControlQueue.ROOM)
+            queue = self.setup_queue(control, size=net_control.RING_SIZE, indirect_limit=0)
+            self._control = ControlQueue(self, queue, self._control_place)
+        self._over = connect(self._pairs, self._active)
         self.driver_ok()
         self._link = self._read_link()
+        if there > 1:
+            self.use_pairs(there)
+
+    def _find_queues(self) -> tuple[int, int]:
+        """How many pairs are to be used, and where the control queue is (5.1.2). SpecViolation: the device has not what it names."""
+        if NetFeature.MQ not in self._features:
+            return 1, 2
+        most = net_header.check_queue_pairs(self._number("max_virtqueue_pairs"))
+        if not self.transport.queue_max(2 * most):
+            raise SpecViolation(f"the device's max_virtqueue_pairs is {most}, and it has no queue {2 * most} for control", "5.1.4")
+        return min(len(self._pairs), most), 2 * most
 
     @locked
     def setup_queue(self, index: int, *, size: int | None = None, indirect_limit: int | None = None) -> DriverQueue:
@@ -165,29 +201,24 @@ class NetDriver(AsyncBursts, Driver):
             most = max(1, min(size, self.transport.queue_max(index)))
             indirect_limit = min(self._rows, 1 << most.bit_length() - 1) if Feature.INDIRECT_DESC in self._features else 0
         queue = super().setup_queue(index, size=size, indirect_limit=indirect_limit)
-        if (old := self._port) is not None:
-            if index == RECEIVEQ1:
-                self.receiveq = queue
-            elif index == TRANSMITQ1:
-                self.transmitq = queue
-            pair = self.receiveq, self.transmitq
-            if not self._queues_reset.intersection((RECEIVEQ1, TRANSMITQ1)):
-                self._port = self._make_port()
-                self._totals = add_statistics(self._totals, old.counters)
-                for gone in {old.receiveq, old.transmitq}.difference(pair):
-                    self._totals = add_statistics(self._totals, notifications(gone))
+        if self._control is not None and index == self._control.queue.index:
+            self._control = ControlQueue(self, queue, self._control_place or 0)
+        elif index // 2 < len(self._pairs):
+            pair = self._pairs[index // 2]
+            pair.take_over(queue, self.transport.interrupt(index))
+            if pair.number < self._there and not self._queues_reset.intersection(pair.indexes):
+                self._make_port(pair)
+                self._over = connect(self._pairs, self._active)
         return queue
 
-    def _make_port(self) -> DriverPort:
+    def _make_port(self, pair: DriverPair) -> None:
         """A port over both queues, with receive buffers in them."""
         size, each = self._receive_buffer(self._features, self.mtu)
-        buffers = max(1, self.pool.slots // 4 // each)
-        port = DriverPort(
-            self.receiveq, self.transmitq, self.pool, features=self._features, buffer_size=size, buffers=min(buffers, self.receiveq.size)
-        )
-        self.transmitq.disarm()
+        buffers = min(max(1, self.pool.slots // (4 * self._there) // each), pair.receiveq.size)
+        port = DriverPort(pair.receiveq, pair.transmitq, self.pool, features=self._features, buffer_size=size, buffers=buffers)
+        pair.transmitq.disarm()
         port.refill()
-        return port
+        pair.change(port, pair.receiveq, pair.transmitq)
 
     def _receive_buffer(self, features: Features, mtu: int) -> tuple[int, int]:
         """Bytes of a receive buffer, and slots that it takes."""
@@ -224,9 +255,27 @@ class NetDriver(AsyncBursts, Driver):
     def statistics(self) -> dict[str, Any]:
         """`sent_frames`, `sent_bytes`, `sent_drops` by reason, the same received; `notified` and `suppressed` notifications of the device.
 
-        Counts go on over `restart`. Frames left in a burst and never sent are in `pool.drops`.
+        Of all pairs together: `pair(i).statistics` has those of one. Counts go on over `restart`. Frames left in a burst and never sent are
+        in `pool.drops`.
         """
-        return add_statistics(self._totals, counted(self._port))
+        found: dict[str, Any] = {}
+        for pair in self._pairs:
+            found = add_statistics(found, pair.statistics)
+        return found
+
+    def pair(self, number: int) -> DriverPair:
+        """Queue pair `number`, from 0, as a port of its own: for one thread, or one loop. ValueError: there is no such pair."""
+        return find_pair(self._pairs[: max(1, self._there)], number)
+
+    @property
+    def receiveq(self) -> DriverQueue:
+        """The first pair's receive queue."""
+        return self._pairs[0].receiveq
+
+    @property
+    def transmitq(self) -> DriverQueue:
+        """The first pair's transmit queue."""
+        return self._pairs[0].transmitq
 
     @property
     def link(self) -> bool:
@@ -241,62 +290,43 @@ class NetDriver(AsyncBursts, Driver):
                 found.append(self._link_events.popleft())
         return found
 
-    def take(self, burst: Burst) -> int:
-        """Takes back what the device has sent, and fills `burst` with free slots whose headers are zero; returns how many."""
-        return self._live().take(burst)
-
-    def send(self, burst: Burst) -> int:
-        """Sends the burst's packets behind the headers that stand before them; returns how many. The others stay in front.
-
-        ValueError: an illegal row, or no room for a header before one. BadUsedElement: the device broke a rule.
-        """
-        return self._live().send(burst)
-
-    def receive(self, burst: Burst) -> int:
-        """Gives the burst's slots back, fills it with received packets, and gives the device new buffers; returns how many packets."""
-        return self._live().receive(burst)
-
-    def send_frames(self, frames: Iterable[bytes]) -> int:
-        """Copies and sends frames; returns how many fitted, from the first on. ValueError: one without bytes, or too long for any."""
-        return self._live().send_frames(frames)
-
-    def receive_frames(self, limit: int = 64) -> list[bytes]:
-        """Copies of received frames, at most `limit`."""
-        return self._live().receive_frames(limit)
-
-    def _live(self) -> DriverPort:
-        if self._port is None:
-            raise StatusError("the driver's queues are gone: the device was reset, or the driver closed")
-        return self._port
-
     def arm(self, queues: Iterable[DriverQueue] | None = None, *, room: bool = False) -> bool:
-        """As `Driver.arm`, of the receive queue if not told, with `room` of both."""
-        self._remind(room)
-        return super().arm(self._meant(queues, room))
+        """As `Driver.arm`, of the receive queues if not told, with `room` of the transmit queues too."""
+        queues = self._meant(queues, room)
+        self._remind(queues, room)
+        return super().arm(queues)
 
     def wait(self, timeout: float | None = None, *, queues: Iterable[DriverQueue] | None = None, room: bool = False) -> bool:
-        """As `Driver.wait`, for the receive queue if not told, with `room` for both. Looks at the link if the configuration changed."""
-        self._remind(room)
-        found = super().wait(timeout, queues=self._meant(queues, room))
+        """As `Driver.wait`, for the receive queues if not told, with `room` for the transmit queues too. Looks at the link if the
+        configuration changed."""
+        queues = self._meant(queues, room)
+        self._remind(queues, room)
+        found = super().wait(timeout, queues=queues)
+        for pair in self._pairs[: self._there]:
+            pair.quieten()
+        if self._control is not None:
+            self._control.quieten()
         config = self.transport.config_interrupt
         if config.wait(0):  # it found frames before it looked
             config.drain()
             self.check()
         return found
 
-    def _remind(self, room: bool) -> None:
+    def _remind(self, queues: Iterable[DriverQueue], room: bool) -> None:
         """Rings once more for whoever waits for room in a packed queue with EVENT_IDX.
 
         QEMU, when its back-end took no more for a while, asks to be notified of chains that it has seen already, and never of later ones.
         """
-        suppressed = room and self._features >= {Feature.RING_PACKED, Feature.EVENT_IDX}
-        if suppressed and self.transmitq.outstanding and (transmit := self._enabled.get(TRANSMITQ1)) is not None:
-            transmit.doorbell.signal()
+        if room and self._features >= {Feature.RING_PACKED, Feature.EVENT_IDX}:
+            for queue in queues:
+                if queue.index % 2 and queue.outstanding and (transmit := self._enabled.get(queue.index)) is not None:
+                    transmit.doorbell.signal()
 
-    def _meant(self, queues: Iterable[DriverQueue] | None, room: bool) -> Iterable[DriverQueue]:
+    def _meant(self, queues: Iterable[DriverQueue] | None, room: bool) -> list[DriverQueue]:
+        """Those given, or those of every pair."""
         if queues is not None:
-            return queues
-        return [self.receiveq, self.transmitq] if room else [self.receiveq]
+            return list(queues)
+        return [queue for pair in self._pairs[: self._there] for queue in pair.queues(room)]
 
     def check(self) -> None:
         """As `Driver.check`; then reads whether the link is up, and tells if that changed."""
@@ -304,8 +334,9 @@ class NetDriver(AsyncBursts, Driver):
         if self._state is DriverState.DRIVER_OK and (up := self._read_link()) != self._link:
             self._link = up
             self._link_events.append(up)
-            if up and (transmit := self._enabled.get(TRANSMITQ1)) is not None:
-                transmit.doorbell.signal()  # QEMU never asks for it in a packed queue that was enabled while the link was down
+            for index, transmit in self._enabled.items():
+                if up and index % 2:
+                    transmit.doorbell.signal()  # QEMU never asks for it in a packed queue that was enabled while the link was down
             if self.on_link is not None:
                 self.on_link(up)
 
@@ -316,10 +347,15 @@ class NetDriver(AsyncBursts, Driver):
     def reset(self, *, timeout: float = RESET_TIMEOUT) -> dict[int, list[Any]]:
         """As `Driver.reset`: slots that the device had are the pool's again. `restart` is this, and initialization after it."""
         tokens = super().reset(timeout=timeout)
-        self._totals = self.statistics
-        self._port = None
-        self._headers = None
+        self._retire()
         return tokens
+
+    def _retire(self) -> None:
+        """The queues are gone."""
+        for pair in self._pairs:
+            pair.change(None)
+        self._over = connect(self._pairs, 0)
+        self._control = self._headers = None
 
     @locked
     def restart(self, *, timeout: float = RESET_TIMEOUT) -> None:
@@ -336,9 +372,7 @@ class NetDriver(AsyncBursts, Driver):
         try:
             super().close()
         finally:
-            self._totals = self.statistics
-            self._port = None
-            self._headers = None
+            self._retire()
             if self._own_pool is not None:
                 self._own_pool.close()
             if self._own_memory is not None:
@@ -350,5 +384,4 @@ class NetDriver(AsyncBursts, Driver):
             self._serve()
 
     def _check_whole(self) -> None:
-        if (error := self.receiveq.broken) is not None:
-            raise StatusError(f"queue {self.receiveq.index} is broken until the device is reset: {error}")
+        check_whole([pair.receiveq for pair in self._pairs[: self._there]], "the device is reset")

@@ -5,47 +5,45 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import ceil
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, EventFd, Memory, net_header_size
+from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, EventFd, Memory, PortGroup, net_header_size
 from virtio.device import RING_FEATURES, Device, DeviceState
-from virtio.devices import net_header
-from virtio.devices.net_header import DEFAULT_MTU, DEVICE_ID, IMPLEMENTED, RECEIVEQ1, RULES, TRANSMITQ1, Config, NetFeature, NetStatus
-from virtio.driver import LONGEST_SLEEP
-from virtio.errors import SpecViolation, StatusError
+from virtio.devices import net_control, net_header
+from virtio.devices.net_control import ControlClass
+from virtio.devices.net_header import DEFAULT_MTU, DEVICE_ID, IMPLEMENTED, MULTIQUEUE, RULES, Config, NetFeature, NetStatus
+from virtio.devices.net_pairs import DeviceBursts, DevicePair, check_whole, connect, find_pair, queue_names, sleep_on
+from virtio.errors import StatusError
 from virtio.features import Features
-from virtio.port import AsyncBursts, add_statistics, counted
-from virtio.spec import Feature
+from virtio.port import add_statistics
+from virtio.spec import Feature, Status
 from virtio.status import locked
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_A = TypeVar("_A")
-_T = TypeVar("_T")
-
-HANDLER_BURST: Final = 64
-HANDLER_ROUNDS: Final = 64
-"""Bursts that a served device takes before other queues have their turn."""
+MOST_PAIRS: Final = 0x7FFF
+"""Most queue pairs of a device here: with the control queue, as many queues as a transport counts in 16 bits."""
 
 
-class NetDevice(AsyncBursts, Device):
+class NetDevice(DeviceBursts, Device):
     """A network device: what the driver sends is received here, what is sent here the driver receives.
 
     Driven by hand it is a `Port`. Served (`poll`), a subclass with a method `on_frames(burst)` has it called with each burst of received
     packets, whose slots it may change, and send on with `self.send(burst)`; without such a method, frames stay in the queue.
 
-    Slots are of `pool`, or of one made here; `send_frames` and `receive_frames` need none. `mac` is random if not given; `mtu` and `speed`
-    (Mbit/s) are offered if given.
+    Slots are of `pool`, or of one made here, of `slots` slots for each pair; `send_frames` and `receive_frames` need none. `mac` is random
+    if not given; `mtu` and `speed` (Mbit/s) are offered if given.
+
+    With more `queue_pairs` than one MQ and CTRL_VQ are offered. Frames come from all pairs in turn, and go to those that the driver has in
+    use, a flow to the pair from which the driver sent of it (5.1.6.5.5); `pair(i)` is a port of its own. The control queue is answered by
+    `poll`, by `wait`, and by the transports that call these.
     """
 
     device_id = DEVICE_ID
-    queues = ("receiveq1", "transmitq1")
     features = IMPLEMENTED
     rules = RULES
-    discarded = frozenset({TRANSMITQ1})
     on_frames: Callable[[Burst], object] | None = None
 
     def __init__(
@@ -59,8 +57,10 @@ class NetDevice(AsyncBursts, Device):
         pool: BufferPool | None = None,
         slots: int = 1024,
         slot_size: int = 2048,
+        queue_pairs: int = 1,
     ) -> None:
-        """ValueError: an address that is not 6 bytes or is a group's, an MTU outside 68..65535, or features that cannot be offered."""
+        """ValueError: an address that is not 6 bytes or is a group's, an MTU outside 68..65535, queue pairs outside 1..32767, or features
+        that cannot be offered: more than one pair without MQ among them."""
         self.mac: Final = net_header.random_mac() if mac is None else bytes(mac)
         if len(self.mac) != 6 or self.mac[0] & 1:
             raise ValueError(f"{self.mac.hex(':')} is not the address of one device")
@@ -68,22 +68,31 @@ class NetDevice(AsyncBursts, Device):
             raise ValueError(f"MTU {mtu} is outside {net_header.MIN_MTU}..{net_header.MAX_MTU} (5.1.4.1)")
         if speed is not None and not 0 <= speed < 1 << 31:
             raise ValueError(f"speed {speed} is outside 0..{(1 << 31) - 1} Mbit/s (5.1.4)")
+        if not 1 <= queue_pairs <= MOST_PAIRS:
+            raise ValueError(f"queue_pairs {queue_pairs} is outside 1..{MOST_PAIRS}")
         unsaid = [bit for bit, value in ((NetFeature.MTU, mtu), (NetFeature.SPEED_DUPLEX, speed)) if value is None]
-        super().__init__(offered=(RING_FEATURES | Features(self.features)) - unsaid if offered is None else offered)
+        if offered is None:
+            offered = (RING_FEATURES | Features(self.features)) - unsaid | (MULTIQUEUE if queue_pairs > 1 else ())
+        offered = Features(offered, names=[NetFeature])
+        if queue_pairs > 1 and NetFeature.MQ not in offered:
+            raise ValueError(f"{queue_pairs} queue pairs without MQ (bit {NetFeature.MQ.value}) among the features offered (5.1.5.1)")
+        self.queues = queue_names(queue_pairs, control=NetFeature.CTRL_VQ in offered)
+        self.discarded = frozenset(range(1, 2 * queue_pairs, 2))
+        self._pairs: Final = tuple(DevicePair(self, number) for number in range(queue_pairs))
+        self._wanted_pairs = 1
+        super().__init__(offered=offered)
         self.mtu: Final = DEFAULT_MTU if mtu is None else mtu
-        known = Config(self.mac, NetStatus.LINK_UP if link else 0, 1, self.mtu)
+        known = Config(self.mac, NetStatus.LINK_UP if link else 0, queue_pairs, self.mtu)
         self._config = known if speed is None else known._replace(speed=speed, duplex=1)
         self.config = self._config.pack()
         self._pool = pool
-        self._sizes = slots, slot_size
+        self._sizes = slots * queue_pairs, slot_size
         self._headers: NDArray[np.void] | None = None
-        self._port: DevicePort | None = None
-        self._totals: dict[str, Any] = {}
+        self._over: DevicePort | PortGroup | None = None
         self._changed = EventFd()
         self._events = select.epoll()
         self._events.register(self._changed.fileno(), select.EPOLLIN)
         self._doorbells: dict[int, EventFd] = {}
-        self._handled: Burst | None = None
         self.on_link: Callable[[bool], None] | None = None
         """Called with what the link became, by whoever sets it."""
         self._watchers: list[Callable[[bool], object]] = []
@@ -112,7 +121,27 @@ class NetDevice(AsyncBursts, Device):
     @property
     def statistics(self) -> dict[str, Any]:
         """As of `NetDriver`; `notified` and `suppressed` are notifications of the driver. Counts go on over resets."""
-        return add_statistics(self._totals, counted(self._port))
+        found: dict[str, Any] = {}
+        for pair in self._pairs:
+            found = add_statistics(found, pair.statistics)
+        return found
+
+    def pair(self, number: int) -> DevicePair:
+        """Queue pair `number`, from 0, as a port of its own: for one thread, or one loop. ValueError: there is no such pair."""
+        return find_pair(self._pairs, number)
+
+    @property
+    def queue_pairs(self) -> int:
+        """How many pairs the device has; without MQ the driver sees the first."""
+        return len(self._pairs)
+
+    @property
+    def active_pairs(self) -> int:
+        """How many pairs frames go to: what VQ_PAIRS_SET said, 1 until then. Where somebody else owns the control queue (vhost-user), all
+        whose rings are enabled."""
+        if NetFeature.MQ not in self._accepted:
+            return 1
+        return self._wanted_pairs if NetFeature.CTRL_VQ in self._accepted else len(self._pairs)
 
     @property
     def link(self) -> bool:
@@ -129,7 +158,8 @@ class NetDevice(AsyncBursts, Device):
 
     @locked
     def watch_port(self, call: Callable[[bool], object]) -> None:
-        """For those who use the queues beside the port: calls `call(True)` once frames may move, which may be at once.
+        """For those who use the queues beside the port: calls `call(True)` once frames may move, which may be at once, and again when pairs
+        came or other ones are in use.
 
         Before they may not any more, because a queue is taken off, it calls `call(False)`: when that returns nobody may use one. It comes
         in the thread that changes the device, with the device locked: it must not raise, or wait for a thread that calls the device.
@@ -148,63 +178,23 @@ class NetDevice(AsyncBursts, Device):
         """None: here the link is set, not noticed."""
         return []
 
-    def take(self, burst: Burst) -> int:
-        """Completes what came back, and fills `burst` with free slots whose headers are zero; returns how many."""
-        return burst.pool.take(burst) if (port := self._port) is None else self._call_port(port.take, burst)
-
-    def send(self, burst: Burst) -> int:
-        """Sends the burst's packets to the driver; returns how many. The others stay in front; before DRIVER_OK all do.
-
-        Packets longer than the driver's buffers, or with segmentation that it did not accept, are dropped. ValueError: an illegal row, or
-        no room for a header before one. SpecViolation: the driver broke a rule; the device needs a reset.
-        """
-        return 0 if (port := self._port) is None else self._call_port(port.send, burst)
-
-    def receive(self, burst: Burst) -> int:
-        """Gives the burst's slots back, which completes the chains they came from, and fills it with packets; returns how many."""
-        if (port := self._port) is None:
-            burst.pool.give(burst)
-            return 0
-        return self._call_port(port.receive, burst)
-
-    def send_frames(self, frames: Iterable[bytes]) -> int:
-        """Copies frames to the driver; returns how many are done with, from the first on. ValueError: one without bytes, or too long."""
-        return 0 if (port := self._port) is None else self._call_port(port.send_frames, frames)
-
-    def receive_frames(self, limit: int = 64) -> list[bytes]:
-        """Copies of frames that the driver sent, at most `limit`."""
-        return [] if (port := self._port) is None else self._call_port(port.receive_frames, limit)
-
-    def _call_port(self, call: Callable[[_A], _T], argument: _A) -> _T:
-        try:
-            return call(argument)
-        except SpecViolation:
-            self.need_reset()
-            raise
-
     def arm(self, *, room: bool = False) -> bool:
         """Asks the driver to ring when it sends, with `room` also when it has given buffers; true if there is something already."""
-        if (port := self._port) is None:
-            return False
-        return self._armed(port.transmitq) | (room and self._armed(port.receiveq))
-
-    @staticmethod
-    def _armed(queue: DeviceQueue) -> bool:
-        return queue.broken is not None or queue.arm()
+        found = [pair.arm(room=room) for pair in self._pairs]  # every one is armed
+        return any(found)
 
     def wait(self, timeout: float | None = None, *, room: bool = False) -> bool:
         """Sleeps until the driver may have sent something, with `room` also until it may have given buffers, or until it set the device up
         or reset it. True can be a false alarm, False means that `timeout` seconds have passed."""
         if self.arm(room=room):
             return True
-        chosen = [self._changed, *(bell for index, bell in dict(self._doorbells).items() if room or index == TRANSMITQ1)]
-        events = {event.fileno(): event for event in chosen}
-        sleep_on = select.poll()
-        for descriptor in events:
-            sleep_on.register(descriptor, select.POLLIN)
-        ready = sleep_on.poll(None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000))
-        for descriptor, _ in ready:
-            events[descriptor].drain()
+        bells, control = dict(self._doorbells), self._control
+        chosen = [bell for index, bell in bells.items() if room or index % 2 or index == control]
+        ready = sleep_on([self._changed, *chosen], timeout)
+        for pair in self._pairs:
+            pair.quieten()
+        if bells.get(control) in ready:
+            self.poll()
         return bool(ready)
 
     def fileno(self) -> int:
@@ -212,29 +202,49 @@ class NetDevice(AsyncBursts, Device):
         return self._events.fileno()
 
     def _check_whole(self) -> None:
-        if (port := self._port) is not None and (error := port.transmitq.broken) is not None:
-            raise StatusError(f"queue {TRANSMITQ1} is broken until the driver resets the device: {error}")
+        queues = [self.queue(index) for index in range(1, 2 * len(self._pairs), 2)]
+        check_whole([queue for queue in queues if queue is not None], "the driver resets the device")
 
-    # Served by `poll`.
+    # Queues, and who serves them.
 
     @property
-    def served(self) -> bool:
-        """Whether there is `on_frames`; without it the port is driven by hand."""
-        return self.on_frames is not None
+    def _control(self) -> int:
+        """Where the control queue is (5.1.2): behind all pairs with MQ, else behind one. Before the negotiation, behind all."""
+        return 2 * (len(self._pairs) if NetFeature.MQ in self._accepted or not self._accepted else 1)
 
-    def on_receiveq1(self, queue: DeviceQueue) -> None:
-        """The driver gave buffers: whoever waits for room looks again."""
+    def queue_max(self, index: int) -> int:
+        """As `Device.queue_max`. From FEATURES_OK on there are the queues that were negotiated (5.1.2)."""
+        if Status.FEATURES_OK in self._status and index >= self._control + (NetFeature.CTRL_VQ in self._accepted):
+            return 0
+        return super().queue_max(index)
 
-    def on_transmitq1(self, queue: DeviceQueue) -> None:
-        """The driver sent something: `on_frames` has it, if there is such a method."""
-        if self.on_frames is None:
-            return
-        if self._handled is None:
-            self._handled = self.pool.burst(HANDLER_BURST)
-        for _ in range(HANDLER_ROUNDS):
-            if not self.receive(self._handled):
-                return
-            self.on_frames(self._handled)
+    def handler(self, index: int) -> Callable[[DeviceQueue], None]:
+        """As `Device.handler`: a pair's queue goes to the pair, the control queue to `on_controlq`."""
+        if index == self._control:
+            return self.on_controlq
+        pair = self._pairs[index // 2]
+        return pair.serve if index % 2 else pair.filled
+
+    def serves(self, index: int) -> bool:
+        """The control queue always; the others if there is `on_frames`, without which the port is driven by hand."""
+        return index == self._control or self.on_frames is not None
+
+    def on_controlq(self, queue: DeviceQueue) -> None:
+        """The driver sent commands: they are answered (5.1.6.5)."""
+        net_control.answer(queue, self._execute)
+
+    def _execute(self, kind: int, command: int, data: bytes) -> bool:
+        """Carries out a command; whether that can be."""
+        if (kind, command) != (ControlClass.MQ, net_control.VQ_PAIRS_SET) or NetFeature.MQ not in self._accepted:
+            return False
+        pairs = net_control.pairs_wanted(data)
+        if pairs is None or not 1 <= pairs <= len(self._pairs):
+            return False
+        if pairs != self._wanted_pairs:
+            self._wanted_pairs = pairs
+            self._over = connect(self._pairs, self.active_pairs)
+            self._tell(self._over is not None, again=True)
+        return True
 
     # What the driver does, and the port that follows from it.
 
@@ -261,19 +271,21 @@ class NetDevice(AsyncBursts, Device):
         self._doorbells[index] = doorbell
         with suppress(FileExistsError):
             self._events.register(doorbell.fileno(), select.EPOLLIN)
-        self._follow()
+        if index != self._control:
+            self._pairs[index // 2].ring(index, doorbell)
+        self._follow(index)
 
     @locked
     def reset_queue(self, index: int) -> None:
         """As `Device.reset_queue`."""
-        with self._moving():
+        with self._moving(index):
             super().reset_queue(index)
             self._silence(index)
 
     @locked
     def stop_queue(self, index: int) -> int:
         """As `Device.stop_queue`."""
-        with self._moving():
+        with self._moving(index):
             base = super().stop_queue(index)
             self._silence(index)
         return base
@@ -291,42 +303,42 @@ class NetDevice(AsyncBursts, Device):
             super().reset()
 
     def was_reset(self) -> None:
-        """The port is gone with the queues."""
+        """The ports are gone with the queues."""
         for index in list(self._doorbells):
             self._silence(index)
+        self._wanted_pairs = 1
 
     def _silence(self, index: int) -> None:
         with suppress(StatusError, OSError):  # a transport that is closed took its doorbells with it
-            self._events.unregister(self._doorbells.pop(index).fileno())
+            bell = self._doorbells.pop(index)
+            for pair in self._pairs[index // 2 :][:1]:
+                pair.ring(index, bell, silent=True)
+            self._events.unregister(bell.fileno())
 
     @contextmanager
-    def _moving(self) -> Iterator[None]:
-        """While what the port stands on changes, nobody uses its queues."""
+    def _moving(self, only: int | None = None) -> Iterator[None]:
+        """While what the port stands on changes (`only` this queue, if it is given), nobody uses its queues."""
         self._tell(False)
         try:
             yield
         finally:
-            self._follow()
+            self._follow(only)
 
-    def _tell(self, live: bool) -> None:
-        if live != self._told:
+    def _tell(self, live: bool, *, again: bool = False) -> None:
+        if live != self._told or (live and again):
             self._told = live
             for call in list(self._watchers):
                 call(live)
 
-    def _follow(self) -> None:
-        """There is a port while the device is live and both queues are enabled."""
-        receiveq, transmitq = self.queue(RECEIVEQ1), self.queue(TRANSMITQ1)
-        live = self.state is DeviceState.DRIVER_OK and receiveq is not None and transmitq is not None
-        old = self._port
-        if live and old is not None and old.receiveq is receiveq and old.transmitq is transmitq:
-            self._tell(True)
-            return
-        if old is not None:
-            self._totals = self.statistics
-            self._port = None
-        if live and receiveq is not None and transmitq is not None:
-            self._port = DevicePort(receiveq, transmitq, features=self._accepted)
-            receiveq.disarm()
+    def _follow(self, only: int | None = None) -> None:
+        """A pair is live while the device is and both of its queues are enabled. `only` a queue has changed, if that is given."""
+        features = self._accepted if self.state is DeviceState.DRIVER_OK else None
+        there = self._control // 2 if self._accepted else 0
+        changed = False
+        for pair in self._pairs if only is None else self._pairs[only // 2 :][:1]:
+            receiveq, transmitq = (self.queue(index) if pair.number < there else None for index in pair.indexes)
+            changed |= pair.follow(receiveq, transmitq, features)
+        if changed:
+            self._over = connect(self._pairs, self.active_pairs)
         self._changed.signal()
-        self._tell(live)
+        self._tell(self._over is not None, again=changed)

@@ -108,6 +108,8 @@ IMPLEMENTED: Final = (
     GUEST_OFFLOADS | HOST_OFFLOADS | CHECKSUMS | Features({_F.MTU, _F.MAC, _F.MRG_RXBUF, _F.STATUS, _F.SPEED_DUPLEX, Feature.IN_ORDER})
 )
 """What both ends here implement, beside the rings' own features."""
+MULTIQUEUE: Final = Features({_F.MQ, _F.CTRL_VQ})
+"""Several queue pairs, and the control queue that says how many are in use. Offered and asked for where there is more than one."""
 
 DEVICE_ID: Final = DeviceId.NETWORK
 DEFAULT_MTU: Final = 1500
@@ -120,6 +122,8 @@ MIN_MTU: Final = 68
 MAX_MTU: Final = 65535
 UNKNOWN_SPEED: Final = 0xFFFF_FFFF
 UNKNOWN_DUPLEX: Final = 0xFF
+MAX_QUEUE_PAIRS: Final = 0x8000
+"""Most pairs that a device may name (5.1.4.1)."""
 
 RECEIVEQ1: Final = 0
 TRANSMITQ1: Final = 1
@@ -194,6 +198,13 @@ def check_mtu(mtu: int) -> int:
     if not MIN_MTU <= mtu <= MAX_MTU:
         raise SpecViolation(f"the device's MTU {mtu} is outside {MIN_MTU}..{MAX_MTU}", "5.1.4.1")
     return mtu
+
+
+def check_queue_pairs(pairs: int) -> int:
+    """`max_virtqueue_pairs` as a device names it. SpecViolation: outside 1..0x8000 (5.1.4.1)."""
+    if not 1 <= pairs <= MAX_QUEUE_PAIRS:
+        raise SpecViolation(f"the device's max_virtqueue_pairs {pairs} is outside 1..{MAX_QUEUE_PAIRS}", "5.1.4.1")
+    return pairs
 
 
 def receive_buffer_size(features: Features, mtu: int) -> int:

@@ -44,7 +44,7 @@ class Backend:
     each connection. `poll` never sleeps while a ring runs. `report` is told of mistakes of front-ends and of what ended a connection; by
     default `logging` is. `protocol_features` is a choice from `PROTOCOL`.
 
-    Devices run in the thread that processes. One that is driven by hand (`Device.served` is false) belongs in that thread too.
+    Devices run in the thread that processes. What is driven by hand (`Device.serves` is false) belongs in that thread too.
 
     ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made; no socket's descriptor.
     """

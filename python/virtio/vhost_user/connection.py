@@ -111,7 +111,7 @@ class Connection:
     @property
     def busy(self) -> bool:
         """Whether it wants `poll` without being kicked."""
-        return any(ring.on and (ring.polled or self._poll) for ring in self.rings) and self.device.served
+        return any(ring.on and (ring.polled or self._poll) and self.device.serves(index) for index, ring in enumerate(self.rings))
 
     @property
     def logging(self) -> bool:
@@ -367,7 +367,7 @@ class Connection:
             queue.connect(ring.call)
             ring.discarding = queue
             queue.arm()
-        if not on or (device.served and not self._poll):
+        if not on or (device.serves(index) and not self._poll):
             ring.watched = ring.kick.fileno()
             self._loop.watch(ring.watched, self.poll if on else lambda: self._discard(ring))
 

@@ -20,6 +20,7 @@ mod incoming;
 mod pieces;
 mod port;
 pub mod pump;
+mod steering;
 
 pub use device::DeviceBursts;
 pub use driver::DriverBursts;
@@ -27,6 +28,7 @@ pub use driver_port::fill_clean;
 pub use driver_receive::ReceiveBuffers;
 pub use error::BurstError;
 pub use port::{Frames, Rules, Traffic};
+pub use steering::{Dealer, Steering};
 
 use virtio_memory::{Burst, Row};
 

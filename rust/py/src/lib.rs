@@ -21,6 +21,7 @@ mod pool;
 mod port;
 mod port_device;
 mod port_driver;
+mod port_group;
 mod pump;
 mod ring;
 mod tokens;
@@ -92,6 +93,8 @@ mod _core {
     use super::port_device::DevicePort;
     #[pymodule_export]
     use super::port_driver::DriverPort;
+    #[pymodule_export]
+    use super::port_group::PortGroup;
     #[pymodule_export]
     use super::pump::Pump;
     #[pymodule_export]

@@ -2,6 +2,7 @@
 
 use crate::args::{Int, Mask};
 use crate::buffer::Bytes;
+use crate::burst::Burst;
 use crate::errors::Error;
 use crate::lock::lock;
 use pyo3::prelude::*;
@@ -14,6 +15,20 @@ use virtio_net_path::{Frames, Traffic};
 #[pyfunction]
 pub fn net_header_size(features: Mask) -> Result<usize, Error> {
     Ok(header_size(features.bits()?))
+}
+
+/// What the two kinds of ports have in common: the calls of a `PortGroup`.
+pub trait BothPorts {
+    /// As the method of this name.
+    fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error>;
+    /// As the method of this name.
+    fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error>;
+    /// As the method of this name.
+    fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error>;
+    /// As `send_frames`.
+    fn send_slices(&self, py: Python<'_>, frames: &[&[u8]]) -> Result<usize, Error>;
+    /// As `receive_frames`.
+    fn receive_list<'py>(&self, py: Python<'py>, limit: usize) -> Result<Bound<'py, PyList>, Error>;
 }
 
 /// The accepted bits, if a port can work with them.

@@ -5,7 +5,7 @@ use crate::burst::Burst;
 use crate::device_queue::DeviceQueue;
 use crate::errors::Error;
 use crate::lock::{lock, lock_pool};
-use crate::port::{self, Received};
+use crate::port::{self, BothPorts, Received};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -20,6 +20,44 @@ pub struct DevicePort {
     rules: Rules,
     sent: Mutex<Traffic>,
     received: Mutex<Received>,
+}
+
+impl BothPorts for DevicePort {
+    fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.take(py, burst)
+    }
+
+    fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.send(py, burst)
+    }
+
+    fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.receive(py, burst)
+    }
+
+    fn send_slices(&self, py: Python<'_>, frames: &[&[u8]]) -> Result<usize, Error> {
+        DeviceBursts::check_frames(frames.iter().copied())?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        let shared = &self.receiveq.get().shared;
+        shared.with(py, |open| {
+            let frames = frames.iter().copied();
+            let (done, _) = open.bursts.send_frames(&mut open.queue, frames, &self.rules, traffic)?;
+            open.publish(&shared.ring)?;
+            Ok(done)
+        })
+    }
+
+    fn receive_list<'py>(&self, py: Python<'py>, limit: usize) -> Result<Bound<'py, PyList>, Error> {
+        let shared = &self.transmitq.get().shared;
+        port::received(py, &self.received, |frames, traffic| {
+            shared.with(py, |open| {
+                open.bursts.receive_frames(&mut open.queue, frames, limit, &self.rules, traffic)?;
+                open.publish(&shared.ring)?;
+                Ok(())
+            })
+        })
+    }
 }
 
 #[pymethods]
@@ -109,31 +147,13 @@ impl DevicePort {
     /// Copies frames into receive buffers; returns how many are done with, from the first on: one longer than the driver's buffer is dropped and counted.
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
         let frames = port::outgoing(frames)?;
-        let frames = port::slices(&frames);
-        DeviceBursts::check_frames(frames.iter().copied())?;
-        let mut traffic = lock(py, &self.sent);
-        let traffic = &mut *traffic;
-        let shared = &self.receiveq.get().shared;
-        shared.with(py, |open| {
-            let frames = frames.iter().copied();
-            let (done, _) = open.bursts.send_frames(&mut open.queue, frames, &self.rules, traffic)?;
-            open.publish(&shared.ring)?;
-            Ok(done)
-        })
+        self.send_slices(py, &port::slices(&frames))
     }
 
     /// Copies of transmitted frames, at most `limit`; their chains are completed.
     #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
     fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
-        let limit = port::limit(&limit)?;
-        let shared = &self.transmitq.get().shared;
-        port::received(py, &self.received, |frames, traffic| {
-            shared.with(py, |open| {
-                open.bursts.receive_frames(&mut open.queue, frames, limit, &self.rules, traffic)?;
-                open.publish(&shared.ring)?;
-                Ok(())
-            })
-        })
+        self.receive_list(py, port::limit(&limit)?)
     }
 
     /// As of `DriverPort`.

@@ -6,7 +6,7 @@ use crate::driver_queue::{DriverQueue, Open};
 use crate::errors::Error;
 use crate::lock::{lock, lock_pool};
 use crate::pool::BufferPool;
-use crate::port::{self, Received};
+use crate::port::{self, BothPorts, Received};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -54,6 +54,44 @@ impl DriverPort {
             let result = call(open)?;
             open.publish(&queue.ring)?;
             Ok(result)
+        })
+    }
+}
+
+impl BothPorts for DriverPort {
+    fn take(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.take(py, burst)
+    }
+
+    fn send(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.send(py, burst)
+    }
+
+    fn receive(&self, py: Python<'_>, burst: &Bound<'_, Burst>) -> Result<usize, Error> {
+        self.receive(py, burst)
+    }
+
+    fn send_slices(&self, py: Python<'_>, frames: &[&[u8]]) -> Result<usize, Error> {
+        self.pool.get().shared.check()?;
+        let mut traffic = lock(py, &self.sent);
+        let traffic = &mut *traffic;
+        self.with(py, &self.transmitq, 1, |open| {
+            DriverBursts::check_frames(&open.queue, &self.slots, frames.iter().copied())?;
+            let mut pool = lock_pool(py, &self.slots);
+            let frames = frames.iter().copied();
+            Ok(open.bursts.send_frames(&mut open.queue, &mut pool, frames, &self.rules, traffic)?)
+        })
+    }
+
+    fn receive_list<'py>(&self, py: Python<'py>, limit: usize) -> Result<Bound<'py, PyList>, Error> {
+        self.pool.get().shared.check()?;
+        port::received(py, &self.received, |frames, traffic| {
+            self.with(py, &self.receiveq, 1, |open| {
+                let mut pool = lock_pool(py, &self.slots);
+                open.bursts.receive_frames(&mut open.queue, &mut pool, frames, limit, &self.rules, traffic)?;
+                open.bursts.refill(&mut open.queue, &mut pool, &self.rules, self.buffers)?;
+                Ok(())
+            })
         })
     }
 }
@@ -172,32 +210,14 @@ impl DriverPort {
 
     /// Copies and sends frames; returns how many fitted, from the first on.
     fn send_frames(&self, py: Python<'_>, frames: &Bound<'_, PyAny>) -> Result<usize, Error> {
-        self.pool.get().shared.check()?;
         let frames = port::outgoing(frames)?;
-        let frames = port::slices(&frames);
-        let mut traffic = lock(py, &self.sent);
-        let traffic = &mut *traffic;
-        self.with(py, &self.transmitq, 1, |open| {
-            DriverBursts::check_frames(&open.queue, &self.slots, frames.iter().copied())?;
-            let mut pool = lock_pool(py, &self.slots);
-            let frames = frames.iter().copied();
-            Ok(open.bursts.send_frames(&mut open.queue, &mut pool, frames, &self.rules, traffic)?)
-        })
+        self.send_slices(py, &port::slices(&frames))
     }
 
     /// Copies of received frames, at most `limit`; their slots are the device's again.
     #[pyo3(signature = (limit = Int::new(64)), text_signature = "($self, limit=64)")]
     fn receive_frames<'py>(&self, py: Python<'py>, limit: Int) -> Result<Bound<'py, PyList>, Error> {
-        self.pool.get().shared.check()?;
-        let limit = port::limit(&limit)?;
-        port::received(py, &self.received, |frames, traffic| {
-            self.with(py, &self.receiveq, 1, |open| {
-                let mut pool = lock_pool(py, &self.slots);
-                open.bursts.receive_frames(&mut open.queue, &mut pool, frames, limit, &self.rules, traffic)?;
-                open.bursts.refill(&mut open.queue, &mut pool, &self.rules, self.buffers)?;
-                Ok(())
-            })
-        })
+        self.receive_list(py, port::limit(&limit)?)
     }
 
     /// `sent_frames`, `sent_bytes`, `sent_drops` (by reason: short, long, checksum, gso, num_buffers, missing, offload); so received.
