@@ -32,10 +32,12 @@ fix: setup ## format everything, and mend what ruff can
 	ruff check --quiet --fix
 	ruff format --quiet
 
-demo: setup qemu-tools ## set up, build for speed, then the session of `virtio demo`: our own device, then QEMU's
+demo: setup qemu-tools uml-tools guest-tools ## set up, build for speed, then the session of `virtio demo`: our own device, QEMU's, and Linux guests on ours
 	PIP_QUIET=1 maturin develop --quiet --release --locked
 	virtio demo --seconds 3
 	virtio demo --qemu --seconds 3
+	virtio demo --guest --seconds 3
+	virtio demo --guest=qemu --seconds 3
 
 wheel: setup ## wheel (abi3, manylinux_2_28) and sdist into dist/
 	scripts/wheel.sh dist

@@ -5,9 +5,8 @@ from time import monotonic
 
 import pytest
 
-from virtio.cli import session
 from virtio.cli.output import CommandError
-from virtio.cli.session import LONGEST_LINE, Programs
+from virtio.cli.programs import GRACE, LONGEST_LINE, Here, Programs
 
 
 class Told:
@@ -23,7 +22,8 @@ class Told:
 
 def run(body: str, told: Told, limit: float = 30) -> list[str]:
     """A program in Python, which may take so long."""
-    return Programs(told, lambda: None).run([sys.executable, "-c", body], "a program", seconds=1, limit=limit - session.GRACE)
+    here = Here(None, lambda: None)
+    return Programs(told, here, here).run([sys.executable, "-c", body], "a program", seconds=1, limit=limit - GRACE)
 
 
 @pytest.mark.parametrize("body", ["print('half a line', end='', flush=True)", "import os; os.close(1); os.close(2)", ""], ids=str)

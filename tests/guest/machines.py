@@ -1,16 +1,15 @@
 """QEMU with a Linux guest whose network card is a back-end's: `with Machine(kernel, path) as machine`."""
 
+import re
 from collections.abc import Sequence
 from socket import socketpair
 from types import TracebackType
 from typing import Any, Self
 
+from tests.guest.far import FAR, NEAR
 from virtio.cli.guest import qemu_guest
 from virtio.cli.initrd import Kernel
 from virtio.pci.qtest_link import Qmp
-
-NEAR, FAR = "192.0.2.1", "192.0.2.2"
-"""Addresses of the guest, and of who is at the other end of its cable."""
 
 
 class Machine:
@@ -55,9 +54,19 @@ class Machine:
         status, lines = self.run(command)
         assert status == 0 and any(f"{count} received" in line for line in lines), lines
 
+    def iperf3(self, seconds: int, *words: str) -> float:
+        """Sends one TCP stream to the far end, or with -R receives one; Mbit/s that arrived."""
+        status, lines = self.run(
+            f"iperf3 -c {FAR} -t {seconds} -f m --connect-timeout 20000 --forceflush {' '.join(words)}", limit=seconds + 60
+        )
+        arrived = [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) Mbits/sec.*receiver", line))]
+        assert status == 0 and arrived, lines
+        return arrived[-1]
+
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Gives QEMU's monitor a command; names with _ for -."""
-        return self._qmp.run(command.replace("_", "-") if command != "device_add" else command, arguments)
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return self._qmp.run(command if command.startswith("device_") else command.replace("_", "-"), words)
 
     def close(self) -> None:
         """Ends QEMU."""

@@ -1,8 +1,8 @@
 """`virtio demo`: the session of 2010, when a FreeBSD driver found its device, came up as `vn0`, answered ping and carried iperf."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -10,42 +10,66 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from virtio.cli.output import CommandError, console, show_json
+from virtio.cli.guest import QEMU, require, uml_programs
+from virtio.cli.initrd import find_kernel
+from virtio.cli.output import console, show_json
 from virtio.cli.probe import interrupts, size
 from virtio.cli.worker import Emit, Worker
-from virtio.netdev.namespace import CLONE_NEWNET
+from virtio.netdev.namespace import CLONE_NEWNET, CLONE_NEWNS
 
-PACKAGES: Final = {"ping": "iputils-ping", "iperf3": "iperf3", "qemu-system-x86_64": "qemu-system-x86"}
-"""Programs, and the Debian packages that have them."""
 MOST_SECONDS: Final = 3600
-CONTROLLER: Final = "virtio_pci0"
 
 
 @click.command()
 @click.option("--qemu", is_flag=True, help="Drive QEMU's virtio-net-pci instead of this package's own device.")
+@click.option(
+    "--guest",
+    type=click.Choice(["uml", "qemu"]),
+    is_flag=False,
+    flag_value="uml",
+    help="Let Linux's own driver use this package's device, over vhost-user: in User-Mode Linux, or in a guest of QEMU's.",
+)
+@click.option(
+    "--kernel",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Where the kernel for --guest=qemu is: with boot/ and lib/modules/, as in an unpacked package.",
+)
 @click.option("--packed", is_flag=True, help="Use packed rings; without it, split ones.")
 @click.option("--no-offloads", is_flag=True, help="Accept neither checksum nor segmentation offloads.")
 @click.option(
     "--seconds", type=click.IntRange(1, MOST_SECONDS), default=5, show_default=True, metavar="N", help="How long iperf3 sends, each way."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document at the end instead (its fields: docs/command.md).")
-def demo(qemu: bool, packed: bool, no_offloads: bool, seconds: int, as_json: bool) -> None:
+def demo(qemu: bool, guest: str | None, kernel: Path | None, packed: bool, no_offloads: bool, seconds: int, as_json: bool) -> None:
     """Bring a virtio network interface up, ping through it, and measure it.
 
-    The driver's interface vn0 (192.168.90.1) and the device's far end peer0 (192.168.90.2) are in two network namespaces of their own.
-    Needs ping, iperf3 and /dev/net/tun; runs as root, or unprivileged in a user namespace. Nothing is left behind.
+    The driver's interface vn0 (192.168.90.1) and the device's far end peer0 (192.168.90.2) are in two network namespaces of their own, or
+    vn0 in a guest. Needs ping, iperf3 and /dev/net/tun; runs as root, or unprivileged in a user namespace. Nothing is left behind.
     """
-    for program in ("ping", "iperf3", *(["qemu-system-x86_64"] if qemu else [])):
-        if shutil.which(program) is None:
-            raise CommandError(f"{program} not found: install the Debian package {PACKAGES[program]}")
+    if qemu and guest:
+        raise click.UsageError("--qemu is without a guest: use it or --guest")
+    if kernel and guest != "qemu":
+        raise click.UsageError("--kernel is for --guest=qemu")
+    require(["ping", "iperf3", *([QEMU] if qemu or guest == "qemu" else [])])
+    if guest == "uml":
+        uml_programs()
+    elif guest == "qemu":
+        require(["busybox"])
+        find_kernel(kernel)
 
     def work(emit: Emit) -> None:
-        from virtio.cli.session import Wishes, session
+        if guest is not None:
+            from virtio.cli.guest_session import GuestWishes, guest_session
 
-        session(Wishes(qemu, packed, not no_offloads, seconds), emit)
+            guest_session(GuestWishes(guest, kernel, packed, not no_offloads, seconds), emit)
+        else:
+            from virtio.cli.session import Wishes, session
 
-    view: Json | Text = Json(qemu) if as_json else Text(console())
-    with Worker(work, needs=CLONE_NEWNET) as events, view.showing():
+            session(Wishes(qemu, packed, not no_offloads, seconds), emit)
+
+    view: Json | Text = Json("guest" if guest else "qemu" if qemu else "emulated") if as_json else Text(console())
+    with Worker(work, needs=CLONE_NEWNET | (CLONE_NEWNS if guest else 0)) as events, view.showing():
         for event in events:
             view.take(event)
     view.finish()
@@ -54,8 +78,8 @@ def demo(qemu: bool, packed: bool, no_offloads: bool, seconds: int, as_json: boo
 class Json:
     """Collects what was told, and shows it at the end."""
 
-    def __init__(self, qemu: bool) -> None:
-        self._document: dict[str, Any] = {"device": "qemu" if qemu else "emulated"}
+    def __init__(self, device: str) -> None:
+        self._document: dict[str, Any] = {"device": device}
 
     @contextmanager
     def showing(self) -> Iterator[None]:
@@ -68,8 +92,8 @@ class Json:
         match event["kind"]:
             case "device":
                 self._document["probe"] = values["report"]
-            case "driver":
-                self._document["driver"] = values
+            case "guest" | "driver" as kind:
+                self._document[kind] = values
             case "result":
                 self._document |= values
 
@@ -92,6 +116,7 @@ class Text:
             disable=not out.is_terminal,
         )
         self._result: dict[str, Any] = {}
+        self._device = ""
 
     @contextmanager
     def showing(self) -> Iterator[None]:
@@ -105,6 +130,11 @@ class Text:
         match event["kind"]:
             case "device":
                 self._show_device(event["report"])
+            case "guest":
+                self._say(f"Linux {event['release']} is up")
+                for line in event["lines"]:
+                    self._say(line)
+                self._say("")
             case "driver":
                 self._show_driver(event)
             case "up":
@@ -150,17 +180,21 @@ class Text:
 
     def _show_device(self, report: dict[str, Any]) -> None:
         pci = report["pci"]
-        ids = f"{pci['vendor']:04x}:{pci['device']:04x} revision {pci['revision']}"
-        self._say(f"{CONTROLLER}: <{report['device']['name']} {ids}> at {pci['address']}", style="bold")
-        for bar in pci["bars"]:
-            self._say(f"{CONTROLLER}: BAR {bar['index']}: {size(bar['size'])} of {bar['kind']} at {bar['address']:#x}")
-        self._say(f"{CONTROLLER}: interrupts: {', '.join(interrupts(pci['interrupts']))}")
-        self._say(f"{CONTROLLER}: features offered: {_names(report['features']['offered'])}")
+        self._device = "virtio0" if pci is None else "virtio_pci0"
+        if pci is None:
+            self._say(f"{self._device}: <{report['device']['name']}> over vhost-user", style="bold")
+        else:
+            ids = f"{pci['vendor']:04x}:{pci['device']:04x} revision {pci['revision']}"
+            self._say(f"{self._device}: <{report['device']['name']} {ids}> at {pci['address']}", style="bold")
+            for bar in pci["bars"]:
+                self._say(f"{self._device}: BAR {bar['index']}: {size(bar['size'])} of {bar['kind']} at {bar['address']:#x}")
+            self._say(f"{self._device}: interrupts: {', '.join(interrupts(pci['interrupts']))}")
+        self._say(f"{self._device}: features offered: {_names(report['features']['offered'])}")
 
     def _show_driver(self, event: dict[str, Any]) -> None:
-        self._say(f"{CONTROLLER}: features accepted: {_names(event['accepted'])}")
+        self._say(f"{self._device}: features accepted: {_names(event['accepted'])}")
         receive, transmit = event["queues"]
-        self._say(f"{CONTROLLER}: receiveq1 {receive} entries, transmitq1 {transmit} entries, {event['format']} rings")
+        self._say(f"{self._device}: receiveq1 {receive} entries, transmitq1 {transmit} entries, {event['format']} rings")
         self._say(f"vn0: Ethernet address: {event['mac']}", style="bold")
         self._say(f"vn0: MTU {event['mtu']}, link {'up' if event['link'] else 'down'}")
 

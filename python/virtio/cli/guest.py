@@ -20,7 +20,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Final, Self
 
-from virtio.cli.initrd import MODULES, PROGRAMS, Kernel, make_initrd, module_name, modules_of
+from virtio.cli.initrd import MODULES, PROGRAMS, Kernel, make_initrd, modules_of
 from virtio.cli.output import CommandError
 
 QEMU: Final = "qemu-system-x86_64"
@@ -36,6 +36,10 @@ BOOT_SECONDS: Final = 90.0
 SECONDS: Final = 60.0
 """Seconds that a command has, unless told otherwise."""
 END_SECONDS: Final = 10.0
+LOOK: Final = 0.1
+"""Seconds after which it is looked whether there is sense in going on."""
+LONGEST_LINE: Final = 1 << 16
+"""Bytes of the console's line, after which it is cut."""
 LONGEST: Final = 4000
 """Bytes of a command: a terminal's line has 4095."""
 MOUNTS: Final = (("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "tmp"))
@@ -69,6 +73,7 @@ class Guest:
 
         `check` is called again and again while something is awaited, and raises when there is no sense in going on.
         """
+        self.words: Final = list(words)
         self.name: Final = os.path.basename(words[0])
         self._first, self._check = first, check
         self._rest = b""
@@ -158,9 +163,11 @@ class Guest:
         """The next line of the console. CommandError: none comes."""
         watch = select.poll()
         watch.register(self._console, select.POLLIN)
-        while b"\n" not in self._rest:
+        if monotonic() > deadline:  # also one that prints for ever
+            raise CommandError(f"{self.name} {failing} in time{self._said()}")
+        while b"\n" not in self._rest and len(self._rest) < LONGEST_LINE:
             self._check()
-            if watch.poll(100):
+            if watch.poll(LOOK * 1000):
                 data = self._received()
                 if not data:
                     raise CommandError(self._ending())
@@ -169,7 +176,7 @@ class Guest:
                 raise CommandError(self._ending())
             elif monotonic() > deadline:
                 raise CommandError(f"{self.name} {failing} in time{self._said()}")
-        line, _, self._rest = self._rest.partition(b"\n")
+        line, _, self._rest = self._rest.partition(b"\n")  # without an end it is longer than any line of ours
         text = line.decode(errors="replace").replace("\r", "")
         if text.strip():
             self._last = text.strip()
@@ -195,16 +202,18 @@ class Guest:
         return f": {self._last}" if self._last and not self._last.startswith("@guest") else ""
 
 
-def require(programs: Sequence[str]) -> None:
-    """CommandError: one of these is not installed; names the Debian package that has it."""
+def require(programs: Sequence[str], path: str | None = None) -> None:
+    """CommandError: one of these is not installed (on PATH, if `path` is None); names the Debian package that has it."""
     for program in programs:
-        if find(program) is None:
+        if shutil.which(program, path=path) is None:
             raise CommandError(f"{program} not found: install the Debian package {PACKAGES[program]}")
 
 
-def find(program: str) -> str | None:
-    """Where a program is: on PATH, or where the system's programs are."""
-    return shutil.which(program) or shutil.which(program, path=SYSTEM_PATH)
+def uml_programs() -> None:
+    """CommandError: something that User-Mode Linux needs is not installed; guests look for programs in `SYSTEM_PATH`."""
+    require([UML])
+    require(["ip", "insmod", "ping", "iperf3"], SYSTEM_PATH)
+    uml_modules()
 
 
 def qemu_guest(
@@ -240,10 +249,10 @@ def uml_guest(folder: Path, devices: Mapping[str, int], *, memory: str = "256M",
 
     What it needs to start lies in `folder`. CommandError: something is not installed.
     """
-    require([UML, "ip", "insmod"])
+    require([UML])
     steps = [f"export PATH={SYSTEM_PATH}", *(f"mount -t {kind} none /{name}" for kind, name in MOUNTS)]
     steps += [f"insmod {shlex.quote(str(path))}" for path in uml_modules()]
-    words = [find(UML) or UML, f"mem={memory}", "rootfstype=hostfs", "rootflags=/", "ro", "con=null", "con0=fd:0,fd:1"]
+    words = [UML, f"mem={memory}", "rootfstype=hostfs", "rootflags=/", "ro", "con=null", "con0=fd:0,fd:1"]
     words += ["quiet", "loglevel=1", f"uml_dir={folder}", *(f"virtio_uml.device={path}:{device}" for path, device in devices.items())]
     words += ["init=/bin/sh", "--", "-c", FIRST]
     environment = {"TMPDIR": "/dev/shm", **xstate(folder)}
@@ -270,7 +279,7 @@ def xstate(folder: Path) -> dict[str, str]:
     if flags is None or "amx_tile" not in flags[1].split():
         return {}
     library = folder / "xstate.so"
-    compiler = find("cc")
+    compiler = shutil.which("cc")
     if compiler is None:
         raise CommandError(
             f"{UML} on a processor with AMX needs a C compiler: install the Debian packages gcc and libc6-dev, or take --guest=qemu"
@@ -281,20 +290,3 @@ def xstate(folder: Path) -> dict[str, str]:
     if done.returncode:
         raise CommandError(f"{compiler} failed on {XSTATE.name}, which {UML} needs on a processor with AMX: {done.stderr.strip()}")
     return {"LD_PRELOAD": str(library)}
-
-
-__all__ = [
-    "CONSOLE",
-    "PACKAGES",
-    "QEMU",
-    "SHELL",
-    "UML",
-    "Guest",
-    "find",
-    "module_name",
-    "qemu_guest",
-    "require",
-    "uml_guest",
-    "uml_modules",
-    "xstate",
-]
