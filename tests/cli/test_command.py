@@ -145,6 +145,33 @@ def test_output_that_nobody_takes_is_no_traceback(words: tuple[str, ...]) -> Non
     assert done.returncode == 1 and not done.stderr
 
 
+@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
+def test_streams_that_are_closed_are_no_traceback(closed: str) -> None:
+    shut = " ".join(f"{number}{'<' if number == '0' else '>'}&-" for number in closed)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {shut}', "sh", *command("probe", "emulated:rng")],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+    )
+    if "1" in closed:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == ("" if "2" in closed else "virtio: [Errno 9] Bad file descriptor\n")
+    else:
+        assert done.returncode == 0 and done.stdout == run("probe", "emulated:rng").stdout and not done.stderr
+
+
+def test_what_the_system_has_no_more_of_is_named() -> None:
+    for error, said in (("MemoryError", "no memory is left"), ('RuntimeError("can\'t start new thread")', "no thread can be had")):
+        program = (
+            f"import sys, virtio.cli.inspect as i\ndef fails(*_): raise {error}\ni.inspect = fails\n"
+            "from virtio.cli import main; sys.exit(main(['probe', 'emulated:rng']))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, env=environment())
+        assert said in failed(done, 1)
+
+
 def test_text_goes_out_whatever_the_encoding() -> None:
     assert run("probe", "emulated:rng", PYTHONIOENCODING="ascii", LC_ALL="C").stdout == run("probe", "emulated:rng").stdout
     assert "no target" in failed(run("probe", "\udcff:\u2603", PYTHONIOENCODING="ascii"), 2)

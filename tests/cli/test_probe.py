@@ -133,7 +133,11 @@ def test_qemus_other_devices(device: str, name: str, tmp_path: Path) -> None:
         ("virtio-net-pci,netdev=none", "none"),
         ("e1000", "8086:100e is not a virtio device"),
         ("virtio-rng-pci,disable-modern=on,disable-legacy=off", "legacy"),
-        ("isa-debug-exit", "not on QEMU's PCI bus"),
+        ("isa-debug-exit", "no function of isa-debug-exit is found on QEMU's PCI bus"),
+        ("pcie-root-port", "no function of pcie-root-port is found on QEMU's PCI bus"),
+        ("virtio-net-pci,addr=5.3", "no function of virtio-net-pci is found on QEMU's PCI bus"),  # there is no function 0
+        ("help", "help is no device, but asks QEMU for help"),
+        ("virtio-net-pci,help", "qemu-system-x86_64 -device virtio-net-pci,help shows it"),
     ],
 )
 def test_what_qemu_refuses_is_one_line_with_its_own_message(device: str, said: str, tmp_path: Path) -> None:

@@ -53,4 +53,8 @@ def explain(error: Exception) -> tuple[int, str]:
             return 1, error.format_message()
         case CommandError() | VirtioError() | OSError():
             return 1, str(error) or type(error).__name__
+        case MemoryError():
+            return 1, "no memory is left"
+        case RuntimeError() if "can't start new thread" in str(error):
+            return 1, "no thread can be had: the limit of processes or of memory is reached"
     return 1, f"internal error, {type(error).__name__}: {error} ({DEVELOPER}=1 shows where)"

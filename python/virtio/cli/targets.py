@@ -66,10 +66,13 @@ def _open_qemu(device: str) -> "Iterator[Transport]":
     from virtio.pci.qtest import QemuMachine
     from virtio.transport.pci import PciTransport
 
+    name, *options = device.split(",")
+    if {"help", "?"}.intersection((name, *options)):
+        raise CommandError(f"{device} is no device, but asks QEMU for help: qemu-system-x86_64 -device {device} shows it")
     with QemuMachine([device]) as machine:
         functions = machine.functions()
         if not functions:
-            raise CommandError(f"{device.split(',')[0]} is not on QEMU's PCI bus")
+            raise CommandError(f"no function of {name} is found on QEMU's PCI bus")
         virtio = [function for function in functions if function.config_read(config.VENDOR_ID, 2) == config.VENDOR]
         with PciTransport((virtio or functions)[0]) as transport:  # which says what is wrong with it
             yield transport
