@@ -113,7 +113,7 @@ def test_completion_prints_a_script_that_names_the_command(shell: str) -> None:
         ("virtio ", {"probe", "demo", "completion"}),
         ("virtio de", {"demo"}),
         ("virtio probe emu", {"emulated:net", "emulated:rng"}),
-        ("virtio demo --", {"--qemu", "--packed", "--no-offloads", "--seconds", "--json", "--help"}),
+        ("virtio demo --", {"--qemu", "--guest", "--kernel", "--packed", "--no-offloads", "--seconds", "--json", "--help"}),
         ("virtio completion ", {"bash", "zsh", "fish"}),
     ],
 )
