@@ -286,13 +286,14 @@ class DriverQueue:
         address: int = 0,
         index: int = 0,
         indirect_limit: int = 0,
+        resumable: bool = False,
     ) -> Self:
         """A queue of `size` entries, its areas newly allocated in `memory`, whose first byte the device sees at `address`.
 
         `size`: 1 to 32768, a power of two unless RING_PACKED. `features`: the accepted bits, of which RING_PACKED, EVENT_IDX,
         INDIRECT_DESC, IN_ORDER and NOTIFICATION_DATA count here: a mask (`1 << Feature.RING_PACKED`) or a `Features` set; TypeError for a
         bare `Feature`, which is the number of a bit. `index`: the queue's number (0 to 65535), for notifications. `indirect_limit`:
-        segments of the longest indirect chain, up to `size`; 0 stands for 16 with INDIRECT_DESC.
+        segments of the longest indirect chain, up to `size`; 0 stands for 16 with INDIRECT_DESC. `resumable`: for `resume`.
 
         ValueError: a number out of range, areas unaligned at that address, no room in memory, or a limit without INDIRECT_DESC.
         StatusError: the memory is closed, or another process's.
@@ -321,6 +322,15 @@ class DriverQueue:
     @property
     def notification_value(self) -> int:
         """What an available-buffer notification carries now: the index, with NOTIFICATION_DATA also the next position (2.9)."""
+    def resume(self, *, tracked: bool) -> int:
+        """Where another device takes the ring over, once the one before is gone for good: vhost-user's vring base (both positions).
+
+        All that was published and not used is made available again, oldest first: it may be done twice. With `tracked` the ring stays as it
+        is: somebody else knows what the other device had begun. Chains that were used are still to be popped.
+
+        ValueError: a packed queue that was not made `resumable`. StatusError: the queue is broken. BadUsedElement: as `pop_used`, by the
+        device that is gone.
+        """
     def connect(self, doorbell: EventFd | None) -> None:
         """What `publish` and burst calls signal when the device wants to know; None for nothing."""
     def add(

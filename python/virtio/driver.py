@@ -25,7 +25,7 @@ from virtio.features import Features, Requires, describe
 from virtio.features import select as select_features
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
 from virtio.status import StatusTable, locked
-from virtio.transport import Alternating, Doorbell, Transport, check_negotiable
+from virtio.transport import Alternating, Doorbell, Resuming, Transport, check_negotiable
 
 RING_FEATURES: Final = Features({Feature.RING_PACKED, Feature.EVENT_IDX, Feature.INDIRECT_DESC})
 """What a driver of this package wants beside its type's features, unless told otherwise."""
@@ -115,6 +115,8 @@ class Driver:
     """The only device type that the class drives, if there is one."""
     rules: ClassVar[tuple[Requires, ...]] = ()
     """The device type's dependencies between features."""
+    told_in_config: ClassVar[Features] = Features()
+    """Features that are of no use to who cannot read the configuration."""
 
     def __init__(self, transport: Transport, *, memory: Memory | None = None) -> None:
         """Attaches `memory` to `transport`; without it the transport's own, or `MEMORY_SIZE` new bytes.
@@ -216,7 +218,7 @@ class Driver:
         if self._state is not DriverState.DRIVER:
             self.acknowledge()
         try:
-            offered = self.transport.offered()
+            offered = self.offered()
             accepted = select_features(offered, required=required, wanted=wanted, rules=self.rules)
             self.transport.accept(accepted)
             status = self._set_status(Status.FEATURES_OK)
@@ -228,6 +230,11 @@ class Driver:
         self._features = accepted
         self._state = target
         return accepted
+
+    def offered(self) -> Features:
+        """What the transport offers, less what a driver could make no use of where the configuration cannot be read."""
+        offered = self.transport.offered()
+        return offered if getattr(self.transport, "has_config", True) else offered - self.told_in_config
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Configuration bytes of one generation (2.5.1). Fields of optional features must be asked for only if those are offered.
@@ -264,12 +271,22 @@ class Driver:
             raise ValueError(f"the device has no queue {index}")
         if size > most:
             size = most if Feature.RING_PACKED in self._features else 1 << most.bit_length() - 1
-        queue = DriverQueue(self.memory, size, features=self._features, address=self.address, index=index, indirect_limit=indirect_limit)
+        resuming = self.transport if isinstance(self.transport, Resuming) else None
+        queue = DriverQueue(
+            *(self.memory, size),
+            features=self._features,
+            address=self.address,
+            index=index,
+            indirect_limit=indirect_limit,
+            resumable=resuming is not None,
+        )
         try:
             doorbell = self.transport.queue_setup(index, size, queue.areas)
         except BaseException:
             queue.close()
             raise
+        if resuming is not None:
+            resuming.queue_resumes(index, queue.resume)
         enabled = self._enabled[index] = _Enabled(queue, doorbell, self.transport.interrupt(index))
         self._queues_reset.discard(index)
         self._events.register(enabled.interrupt.fileno(), select.EPOLLIN)

@@ -92,6 +92,7 @@ class NetDriver(Commands, DriverBursts, Driver):
 
     device_id = DEVICE_ID
     rules = RULES
+    told_in_config = net_header.TOLD_IN_CONFIG
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class NetDriver(Commands, DriverBursts, Driver):
     def _start(self) -> None:
         self.acknowledge()
         required, wanted = self._asked
-        offered = self.transport.offered()
+        offered = self.offered()
         # Long packets need long buffers: without MRG_RXBUF as many slots as there are in a chain, or none of this.
         if NetFeature.MRG_RXBUF not in offered & (required | wanted):
             most = min(self._queue_size, self.transport.queue_max(RECEIVEQ1), self.pool.slots)

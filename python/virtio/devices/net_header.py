@@ -111,6 +111,15 @@ IMPLEMENTED: Final = (
 MULTIQUEUE: Final = Features({_F.MQ, _F.CTRL_VQ})
 """Several queue pairs, and the control queue that says how many are in use. Offered and asked for where there is more than one."""
 
+TOLD_IN_CONFIG: Final = Features(
+    {
+        *(_F.MAC, _F.STATUS, _F.MTU, _F.SPEED_DUPLEX, _F.MQ, _F.RSS, _F.HASH_REPORT, _F.HASH_TUNNEL, _F.RSC_EXT),
+        *(_F.GUEST_ANNOUNCE, _F.CTRL_VQ, _F.CTRL_RX, _F.CTRL_VLAN, _F.CTRL_RX_EXTRA, _F.CTRL_MAC_ADDR, _F.CTRL_GUEST_OFFLOADS),
+    }
+)
+"""What a driver cannot use if it cannot read the configuration: such a device has no control queue either, whatever it offers (vhost-user
+back-ends of QEMU's, which keeps both to itself)."""
+
 DEVICE_ID: Final = DeviceId.NETWORK
 DEFAULT_MTU: Final = 1500
 """What is meant if a device does not say (5.1.5)."""

@@ -52,7 +52,8 @@ class Transport(Protocol):
 
     Every call may raise `TransportError` (the device is gone or does not answer), and `StatusError` once it is closed.
 
-    A transport may have an attribute `memory`, a `Memory` or None: what its device reaches already, and a driver uses if it is given none.
+    A transport may have an attribute `memory`, a `Memory` or None: what its device reaches already, and a driver uses if it is given none;
+    and `has_config`, false if the device's configuration cannot be read.
     """
 
     @property
@@ -117,6 +118,21 @@ class Alternating(Protocol):
 
     def serve(self) -> int:
         """Runs the device as far as it goes without waiting; returns how many handlers it called. Their exceptions come through."""
+
+
+class Resume(Protocol):
+    """A queue's answer to where another device takes it over: `DriverQueue.resume`."""
+
+    def __call__(self, *, tracked: bool) -> int:
+        """The base, as vhost-user has it; `tracked`: somebody else knows what the device before had begun."""
+
+
+@runtime_checkable
+class Resuming(Protocol):
+    """A transport whose device may end, and another take its place, while the driver's queues stay as they are."""
+
+    def queue_resumes(self, index: int, resume: Resume) -> None:
+        """Keeps what to ask for queue `index`, which was set up just now."""
 
 
 FIRST_ADDRESS: Final = 1 << 32

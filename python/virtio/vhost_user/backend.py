@@ -21,7 +21,7 @@ from virtio.device import Device
 from virtio.errors import StatusError, TransportError
 from virtio.features import Features
 from virtio.vhost_user.connection import PROTOCOL, Connection
-from virtio.vhost_user.socket import Link, check_path, connect, listen
+from virtio.vhost_user.socket import Link, adopt, check_path, connect, listen, listening
 
 RETRY: Final = 0.1
 """Seconds between attempts to connect."""
@@ -70,11 +70,8 @@ class Backend:
         self._watched: dict[int, Callable[[], object]] = {}
         first: socket.socket | None = None
         if isinstance(path_or_fd, int):
-            try:
-                first = socket.socket(fileno=path_or_fd)
-            except OSError as error:
-                raise TransportError(f"descriptor {path_or_fd} is not a socket: {error.strerror}") from None
-            if first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            first = adopt(path_or_fd)
+            if listening(first):
                 first.setblocking(False)
                 self._listener, first = first, None
         else:

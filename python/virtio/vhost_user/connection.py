@@ -294,8 +294,10 @@ class Connection:
                 return ring.base
             case fx.BreakVring(index, error):
                 self._take_off(index)
-                self.rings[index].areas = None
-                self._break(self.rings[index], error)
+                ring = self.rings[index]
+                ring.areas = None
+                if ring.started:  # memory that a ring once lay in may go
+                    self._break(ring, error)
             case fx.SetVringKick(index, descriptor):
                 self._take_off(index)
                 ring = self.rings[index]

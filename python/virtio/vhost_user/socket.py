@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 from virtio.errors import TransportError
@@ -79,6 +80,73 @@ def connect(path: str) -> socket.socket:
     return made
 
 
+def adopt(descriptor: int) -> socket.socket:
+    """A socket that somebody passed; the descriptor is the socket's from here on. TransportError: it is none."""
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise TransportError(f"descriptor {descriptor} is not a socket: {error.strerror}") from None
+
+
+def listening(one: socket.socket) -> bool:
+    """Whether connections are accepted from it."""
+    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+class Source:
+    """Where a front-end's connections come from: it connects to a path, or listens there, or was given a descriptor.
+
+    ValueError: as `check_path`. TransportError: as `listen` and `adopt`.
+    """
+
+    def __init__(self, path_or_fd: str | os.PathLike[str] | int, *, listens: bool = False) -> None:
+        self.listener: socket.socket | None = None
+        self._path: str | None = None
+        self._given: socket.socket | None = None
+        if isinstance(path_or_fd, int):
+            given = adopt(path_or_fd)
+            if listening(given):
+                self.listener = given
+            else:
+                self._given = given
+            self.name = f"descriptor {path_or_fd}"
+        else:
+            self.name = self._path = check_path(os.fspath(path_or_fd))
+            if listens:
+                self.listener = listen(self._path)
+        if self.listener is not None:
+            self.listener.setblocking(False)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there may be another connection after one that ended."""
+        return self._given is None and (self.listener is not None or self._path is not None)
+
+    def next(self) -> socket.socket | None:
+        """A connection, if there is one now. TransportError: nobody listens at the path, or it is no such socket."""
+        if self._given is not None:
+            given, self._given = self._given, None
+            return given
+        if self.listener is None:
+            return None if self._path is None else connect(self._path)
+        try:
+            return self.listener.accept()[0]
+        except (BlockingIOError, ConnectionError):
+            return None
+        except OSError as error:  # no descriptor is left
+            raise TransportError(f"cannot accept at {self.name}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Listens no more, and removes the path that it made."""
+        if self._given is not None:
+            self._given.close()
+        if self.listener is not None:
+            self.listener.close()
+            if self._path is not None:
+                with suppress(OSError):
+                    os.unlink(self._path)
+
+
 class Link:
     """A connected socket, not blocking: whole messages out, pieces of messages in. It owns the socket."""
 
@@ -135,6 +203,11 @@ class Link:
                 self._waiting[0] = Send(data[count:])
             else:
                 self._waiting.popleft()
+
+    def shut(self) -> None:
+        """Ends the connection; the descriptor stays, and polls as hung up."""
+        with suppress(OSError):  # it has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket, and what was to be sent over it."""

@@ -183,7 +183,7 @@ impl Shared {
 }
 
 /// vhost-user's vring base: the avail position, for packed with the wrap counter on top and the used position above.
-fn base_of(format: Format, state: RingState) -> u32 {
+pub fn base_of(format: Format, state: RingState) -> u32 {
     match format {
         Format::Split => state.avail.offset.into(),
         Format::Packed => u32::from(state.avail.to_bits()) | u32::from(state.used.to_bits()) << 16,

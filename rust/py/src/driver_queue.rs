@@ -2,6 +2,7 @@
 
 use crate::args::{Int, Mask};
 use crate::burst::Burst;
+use crate::device_queue::base_of;
 use crate::errors::{self, Error, named};
 use crate::eventfd::EventFd;
 use crate::lock::{Fair, lock_pool};
@@ -17,7 +18,9 @@ use virtio_net_path::DriverBursts;
 use virtio_net_path::pump::runner::Wake;
 use virtqueue::packed::{PackedDriver, PackedRing};
 use virtqueue::split::{SplitDriver, SplitRing};
-use virtqueue::{AnyDriver, Areas, Direction, DriverCounters, Form, Format, IndirectTables, RingError, Segment, Used, layout, spans};
+use virtqueue::{
+    AnyDriver, Areas, Direction, DriverCounters, Form, Format, IndirectTables, RingError, Segment, Takeover, Used, layout, spans,
+};
 
 /// Entries of an indirect table, if nothing else is asked for.
 const DEFAULT_INDIRECT: u16 = 16;
@@ -267,8 +270,10 @@ fn segments(to: &mut Vec<Segment>, from: &Bound<'_, PyAny>, direction: Direction
 #[pymethods]
 impl DriverQueue {
     #[new]
-    #[pyo3(signature = (memory, size, *, features = Mask::NONE, address = Int::new(0), index = Int::new(0), indirect_limit = Int::new(0)),
-           text_signature = "(memory, size, *, features=0, address=0, index=0, indirect_limit=0)")]
+    #[pyo3(signature = (memory, size, *, features = Mask::NONE, address = Int::new(0), index = Int::new(0), indirect_limit = Int::new(0),
+                        resumable = false),
+           text_signature = "(memory, size, *, features=0, address=0, index=0, indirect_limit=0, resumable=False)")]
+    #[allow(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
         memory: &Bound<'_, Memory>,
@@ -277,6 +282,7 @@ impl DriverQueue {
         address: Int,
         index: Int,
         indirect_limit: Int,
+        resumable: bool,
     ) -> Result<Self, Error> {
         let mut ring = Ring::new(&size, &features, &index, virtqueue::spec::MAX_SIZE.into())?;
         let base = address.address()?;
@@ -315,7 +321,10 @@ impl DriverQueue {
         };
         let any = match ring.format {
             Format::Split => AnyDriver::Split(SplitDriver::new(SplitRing::new(ring.size, &areas)?, ring.features, tables)),
-            Format::Packed => AnyDriver::Packed(PackedDriver::new(PackedRing::new(ring.size, &areas)?, ring.features, tables)),
+            Format::Packed => {
+                let made = PackedDriver::new(PackedRing::new(ring.size, &areas)?, ring.features, tables);
+                AnyDriver::Packed(if resumable { made.resumable() } else { made })
+            }
         };
         let open = Open {
             queue: virtqueue::DriverQueue::guarded(any, table.clone()),
@@ -376,6 +385,14 @@ impl DriverQueue {
     #[getter]
     fn notification_value(&self, py: Python<'_>) -> Result<u32, Error> {
         self.with(py, |open| Ok(open.notification(&self.ring)))
+    }
+
+    /// Where another device takes the ring over, once the one before is gone for good: vhost-user's vring base. What was not used is made
+    /// available again, unless it is `tracked` what the other one had begun.
+    #[pyo3(signature = (*, tracked), text_signature = "($self, *, tracked)")]
+    fn resume(&self, py: Python<'_>, tracked: bool) -> Result<u32, Error> {
+        let how = if tracked { Takeover::Tracked } else { Takeover::Again };
+        self.with_memory(py, |open| Ok(base_of(self.ring.format, open.queue.resume(how)?)))
     }
 
     /// What `publish` and burst calls signal when the device wants to know; None for nothing.

@@ -4,7 +4,7 @@ use crate::batch::ChainBatch;
 use crate::chain::Segment;
 use crate::error::RingError;
 use crate::packed::{PackedDevice, PackedDriver};
-use crate::ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Used};
+use crate::ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Used};
 use crate::split::{SplitDevice, SplitDriver};
 use virtio_memory::RegionTable;
 
@@ -51,6 +51,7 @@ delegate! { AnyDriver: DriverRing {
     fn disarm(self: &mut Self, ()) -> ();
     fn notification_position(self: &Self, ()) -> u16;
     fn take_outstanding(self: &mut Self, ()) -> Vec<u64>;
+    fn resume(self: &mut Self, (how: Takeover)) -> Result<RingState, RingError>;
     fn snapshot(self: &Self, ()) -> Snapshot;
 } }
 

@@ -2,7 +2,7 @@
 
 use crate::chain::Segment;
 use crate::error::RingError;
-use crate::ring::{Buffer, DriverRing, Form, Snapshot, Used};
+use crate::ring::{Buffer, DriverRing, Form, RingState, Snapshot, Takeover, Used};
 use std::sync::Arc;
 use virtio_memory::RegionTable;
 
@@ -182,6 +182,26 @@ impl<R: DriverRing> DriverQueue<R> {
     pub fn reset(&mut self) -> Vec<u64> {
         self.broken.get_or_insert(RingError::Broken);
         self.ring.take_outstanding()
+    }
+
+    /// Where another device takes the ring over, after the one before is gone for good. The queue goes on; what was used stays to be popped.
+    ///
+    /// # Errors
+    /// `NotKept` for a packed ring that keeps nothing to make available again; `Broken`; and the mistakes of the device that is gone, which
+    /// break the queue.
+    pub fn resume(&mut self, how: Takeover) -> Result<RingState, RingError> {
+        if self.broken.is_some() {
+            return Err(RingError::Broken);
+        }
+        self.check_memory()?;
+        let result = self.ring.resume(how);
+        self.check_memory()?;
+        if let Err(error) = &result
+            && error.breaks()
+        {
+            self.broken = Some(error.clone());
+        }
+        result
     }
 
     /// The private shadows beside the shared state.

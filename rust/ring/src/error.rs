@@ -60,6 +60,8 @@ pub enum RingError {
     CannotRewind { count: usize, reason: &'static str },
     #[error("avail position {position} is not within 0..{size}")]
     BadRestore { position: u16, size: u16 },
+    #[error("a packed queue that keeps no descriptors cannot be taken over by another device")]
+    NotKept,
     #[error("the queue is broken: reset it first")]
     Broken,
     #[error("no room: the buffer needs {needed} descriptors, {free} are free")]
@@ -126,7 +128,7 @@ impl RingError {
             }
             BadChainLimit { .. } | BatchTooSmall { .. } | EmptyBuffer | EmptySegment { .. } | SegmentOrder { .. } => Fault::Caller,
             TooManySegments { .. } | BufferTooLong { .. } | IndirectRefused | NotInFlight { .. } | UsedTooLong { .. } => Fault::Caller,
-            CannotRewind { .. } | BadRestore { .. } | Broken => Fault::Caller,
+            CannotRewind { .. } | BadRestore { .. } | NotKept | Broken => Fault::Caller,
             Full { .. } => Fault::Full,
             AvailIndex { .. } | HeadOutOfRange { .. } | HeadInFlight { .. } | TooManyInFlight { .. } | ChainTooLong { .. } => Fault::Driver,
             NextOutOfRange { .. } | ReadableAfterWritable { .. } | ChainTooManyBytes { .. } | IndirectNotNegotiated => Fault::Driver,
@@ -158,7 +160,7 @@ impl RingError {
             IndirectLength { .. } | IndirectUnmapped(_) => ("2.7.5.3", "2.8.7"),
             NotInFlight { .. } => ("2.7.8", "2.8.15"),
             UsedTooLong { .. } => ("2.7.8", "2.8.4"),
-            CannotRewind { .. } | BadRestore { .. } => ("2.7.6", "2.8.1"),
+            CannotRewind { .. } | BadRestore { .. } | NotKept => ("2.7.6", "2.8.1"),
             Full { .. } | Broken => ("2.7.13", "2.8.21"),
             TooManyInFlight { .. } => ("2.7.13", "2.8.16"),
             AvailIndex { .. } | HeadOutOfRange { .. } | HeadInFlight { .. } => ("2.7.6", "2.8.1"),

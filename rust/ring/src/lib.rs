@@ -31,4 +31,4 @@ pub use indirect::IndirectTables;
 #[cfg(not(loom))]
 pub use options::spans;
 pub use options::{Areas, Format, RingFeatures, check_chain_limit, check_size, layout};
-pub use ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Unwritten, Used};
+pub use ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Unwritten, Used};

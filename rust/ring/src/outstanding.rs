@@ -32,6 +32,11 @@ impl Entry {
         (self.shape >> 48) as u16
     }
 
+    /// The same at another position.
+    pub(crate) fn at(&self, position: u16) -> Self {
+        Entry::new(self.token, self.writable(), self.slots(), position)
+    }
+
     /// It is no longer outstanding; gives the slots that it took.
     #[inline(always)]
     pub(crate) fn take_out(&mut self) -> u16 {
@@ -77,11 +82,26 @@ impl Outstanding {
         self.stack[self.free]
     }
 
-    /// Chains may stay out while others come and go and positions go round: from time to time all that was published is renumbered, so that
-    /// no position is ever mistaken for one that is only added. Not used in order.
+    /// The ids of all published chains that are outstanding, oldest first: they fit above the free ids. Not used in order.
     #[cold]
-    pub(crate) fn renumber(&mut self, position: u16) {
-        self.entries.iter_mut().for_each(|e| *e = Entry::new(e.token, e.writable(), e.slots(), position));
+    pub(crate) fn oldest_first(&mut self, published: Published) -> &mut [u16] {
+        let (entries, room) = (&self.entries, &mut self.stack[self.free..]);
+        let out = entries.iter().enumerate().filter(|(_, e)| e.slots() != 0 && published.contains(e.position()));
+        let count = out.zip(room.iter_mut()).map(|((id, _), place)| *place = id as u16).count();
+        let found = &mut room[..count];
+        found.sort_unstable_by_key(|id| entries[usize::from(*id)].position().wrapping_sub(published.end));
+        found
+    }
+
+    /// Chains may stay out while others come and go and positions go round: from time to time all of them, published up to `end`, are
+    /// renumbered in their order, so that no position is ever mistaken for one that is only added. Not used in order.
+    #[cold]
+    pub(crate) fn renumber(&mut self, end: u16) {
+        let count = self.oldest_first(Published { end, unpublished: 0 }).len();
+        for k in 0..count {
+            let entry = &mut self.entries[usize::from(self.stack[self.free + k])];
+            *entry = entry.at(end.wrapping_sub((count - k) as u16));
+        }
     }
 
     /// All tokens that are outstanding; forgets them.

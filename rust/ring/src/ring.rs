@@ -81,6 +81,15 @@ pub struct RingState {
     pub used: Cursor,
 }
 
+/// How a device takes a ring over from one that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takeover {
+    /// Whatever was published and not used is made available again, oldest first: it may be done twice, and nothing is lost.
+    Again,
+    /// Somebody else knows what the device before had begun: the ring stays as it is.
+    Tracked,
+}
+
 /// A ring's private shadows beside its shared state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -116,6 +125,8 @@ pub trait DriverRing {
     fn notification_position(&self) -> u16;
     /// Tokens that are outstanding; forgets them.
     fn take_outstanding(&mut self) -> Vec<u64>;
+    /// Where another device begins: behind all that was used, with both positions there. No device may look at the ring meanwhile.
+    fn resume(&mut self, how: Takeover) -> Result<RingState, RingError>;
     /// For people.
     fn snapshot(&self) -> Snapshot;
 }

@@ -1,5 +1,6 @@
 //! The driver's side of the packed ring.
 
+use super::resume::Kept;
 use super::{PackedRing, avail_flags, is_used, rest};
 use crate::chain::{Segment, check_buffer};
 use crate::error::RingError;
@@ -7,32 +8,33 @@ use crate::event::{Cursor, packed_event, packed_word};
 use crate::indirect::{IndirectTables, write_flag};
 use crate::options::RingFeatures;
 use crate::outstanding::{Entry, Outstanding, Published, clamp};
-use crate::ring::{Buffer, DriverRing, Form, Snapshot, Used};
+use crate::ring::{Buffer, DriverRing, Form, RingState, Snapshot, Takeover, Used};
 use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
 use virtio_memory::{FencePoint, full_fence};
 
 /// Makes descriptors available, takes used ones back.
 #[derive(Debug)]
 pub struct PackedDriver {
-    ring: PackedRing,
-    features: RingFeatures,
+    pub(super) ring: PackedRing,
+    pub(super) features: RingFeatures,
     tables: Option<IndirectTables>,
-    ids: Outstanding,
+    pub(super) ids: Outstanding,
+    pub(super) kept: Option<Kept>,
     free: u16,
     /// Where the next descriptor goes.
-    next: Cursor,
+    pub(super) next: Cursor,
     /// The first head since the last publish: its word is written last.
     head: Option<(u16, u64)>,
     /// Chains added, and chains published, counted on.
     added: u16,
     published: u16,
     /// Slots added since the last publish, and published since the last decision.
-    unpublished: u16,
+    pub(super) unpublished: u16,
     since: u32,
     /// Where the next used descriptor will be.
-    used: Cursor,
+    pub(super) used: Cursor,
     /// In-order: chains still to come from the used descriptor that was read last, and its length.
-    run: u16,
+    pub(super) run: u16,
     run_len: u32,
 }
 
@@ -44,6 +46,7 @@ impl PackedDriver {
             features,
             tables,
             ids: Outstanding::new(size),
+            kept: None,
             free: size,
             next: Cursor::START,
             head: None,
@@ -56,6 +59,12 @@ impl PackedDriver {
             run_len: 0,
             ring,
         }
+    }
+
+    /// The same, for a device that may end and have another take its place.
+    pub fn resumable(mut self) -> Self {
+        self.kept = Some(Kept::new(self.ring.size));
+        self
     }
 
     /// The next buffer's id: in order it is the place of its head, so that runs can be followed.
@@ -78,13 +87,13 @@ impl PackedDriver {
         self.next = self.next.step(1, self.ring.size);
     }
 
-    fn published(&self) -> Published {
+    pub(super) fn published(&self) -> Published {
         Published { end: self.published, unpublished: self.added.wrapping_sub(self.published) }
     }
 
     /// Why a used id is refused.
     #[cold]
-    fn refused(&self, id: u16) -> RingError {
+    pub(super) fn refused(&self, id: u16) -> RingError {
         let (id, size) = (u32::from(id), self.ring.size);
         if id >= u32::from(size) { RingError::UsedIdOutOfRange { id, size } } else { RingError::UsedIdNotOutstanding { id } }
     }
@@ -100,7 +109,7 @@ impl PackedDriver {
         let (size, published) = (self.ring.size, self.published());
         let desc = self.ring.desc.cells();
         let Outstanding { entries, stack, free, .. } = &mut self.ids;
-        let (entries, stack) = (&mut entries[..], &mut stack[..]);
+        let (entries, stack, kept) = (&mut entries[..], &mut stack[..], self.kept.as_ref());
         let (mut at, mut top, mut popped, mut freed, mut refused) = (self.used, *free, 0, 0, None);
         for used in out {
             let word = desc.load_acquire(2 * usize::from(at.offset) + 1);
@@ -120,6 +129,11 @@ impl PackedDriver {
             freed += slots;
             // The usual step does not wait for the table's answer.
             at = if slots == 1 { at.step(1, size) } else { at.step(slots, size) };
+            if slots > 1
+                && let Some(kept) = kept
+            {
+                top += kept.free(id, slots, &mut stack[top..]);
+            }
         }
         *free = top;
         self.free += freed;
@@ -211,10 +225,17 @@ impl DriverRing for PackedDriver {
         let id = self.take_id();
         if let (Form::Indirect, Some(tables)) = (form, &self.tables) {
             let (address, len) = tables.write(id, segments, |_, s| rest(s.len, 0, write_flag(s.direction)));
+            if let Some(kept) = &mut self.kept {
+                kept.keep(id, address, rest(len, 0, DESC_F_INDIRECT));
+            }
             self.describe(address, len, id, DESC_F_INDIRECT);
         } else {
+            let mut place = id;
             for (i, segment) in segments.iter().enumerate() {
                 let next = if i + 1 < segments.len() { DESC_F_NEXT } else { 0 };
+                if self.kept.is_some() {
+                    place = self.keep(place, segment, next);
+                }
                 self.describe(segment.address, segment.len, id, write_flag(segment.direction) | next);
             }
         }
@@ -237,11 +258,14 @@ impl DriverRing for PackedDriver {
         let first = if in_order { 0 } else { self.ids.free - n };
         let desc = self.ring.desc.cells();
         let (entries, stack) = (&mut self.ids.entries[..], &self.ids.stack[..]);
-        let (mut head, mut flags) = (self.head, avail_flags(wrap));
+        let (mut head, mut flags, mut kept) = (self.head, avail_flags(wrap), self.kept.as_mut());
         for (k, buffer) in buffers[..n].iter().enumerate() {
             let id = if in_order { offset } else { stack[first + (n - 1 - k)] };
             let writable = buffer.direction.writable(buffer.len);
             entries[usize::from(id)] = Entry::new(buffer.token, writable, 1, added.wrapping_add(k as u16));
+            if let Some(kept) = &mut kept {
+                kept.keep(id, buffer.address, rest(buffer.len, 0, write_flag(buffer.direction)));
+            }
             let word = rest(buffer.len, id, write_flag(buffer.direction) | flags);
             if head.is_some() {
                 desc.store_pair(offset.into(), [buffer.address, word]);
@@ -274,7 +298,7 @@ impl DriverRing for PackedDriver {
             self.since = self.since.saturating_add(self.unpublished.into());
             self.unpublished = 0;
             if !self.features.in_order && Published::half_way(self.published, self.added) {
-                self.ids.renumber(self.added.wrapping_sub(1));
+                self.ids.renumber(self.added);
             }
             self.published = self.added;
         }
@@ -313,6 +337,10 @@ impl DriverRing for PackedDriver {
 
     fn take_outstanding(&mut self) -> Vec<u64> {
         self.ids.drain()
+    }
+
+    fn resume(&mut self, how: Takeover) -> Result<RingState, RingError> {
+        self.take_over(how)
     }
 
     fn snapshot(&self) -> Snapshot {

@@ -7,7 +7,7 @@ use crate::event;
 use crate::indirect::{IndirectTables, write_flag};
 use crate::options::RingFeatures;
 use crate::outstanding::{Entry, Outstanding, Published, clamp};
-use crate::ring::{Buffer, DriverRing, Form, Snapshot, Used};
+use crate::ring::{Buffer, DriverRing, Form, RingState, Snapshot, Takeover, Used};
 use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, USED_F_NO_NOTIFY};
 use virtio_memory::{FencePoint, full_fence};
 #[cfg(not(loom))]
@@ -22,10 +22,10 @@ type U64RingCells<'a> = &'a virtio_memory::U64Ring;
 /// Adds to the available ring, takes from the used ring.
 #[derive(Debug)]
 pub struct SplitDriver {
-    ring: SplitRing,
-    features: RingFeatures,
+    pub(super) ring: SplitRing,
+    pub(super) features: RingFeatures,
     tables: Option<IndirectTables>,
-    ids: Outstanding,
+    pub(super) ids: Outstanding,
     /// The descriptor after this one in its chain; the shared `next` is never read back.
     links: Box<[u16]>,
     /// Shadow of the available ring: head by position.
@@ -37,7 +37,7 @@ pub struct SplitDriver {
     next: u16,
     published: u16,
     since: u32,
-    last_used: u16,
+    pub(super) last_used: u16,
     seen_used: u16,
     /// In-order: the newest `even` chains, at most `size`, have heads that lie `shift` after their positions.
     shift: u16,
@@ -130,20 +130,20 @@ impl SplitDriver {
         }
     }
 
-    fn published(&self) -> Published {
+    pub(super) fn published(&self) -> Published {
         Published { end: self.published, unpublished: self.next.wrapping_sub(self.published) }
     }
 
     /// Why a used id is refused.
     #[cold]
-    fn refused(&self, id: u32) -> RingError {
+    pub(super) fn refused(&self, id: u32) -> RingError {
         let size = self.ring.size;
         if id >= u32::from(size) { RingError::UsedIdOutOfRange { id, size } } else { RingError::UsedIdNotOutstanding { id } }
     }
 
     /// How many used chains there are, at least `wanted` if there are so many.
     #[inline(always)]
-    fn ready(&mut self, wanted: usize) -> Result<u16, RingError> {
+    pub(super) fn ready(&mut self, wanted: usize) -> Result<u16, RingError> {
         let ready = self.seen_used.wrapping_sub(self.last_used);
         if usize::from(ready) >= wanted {
             return Ok(ready);
@@ -454,7 +454,7 @@ impl DriverRing for SplitDriver {
             self.ring.avail.store_release(IDX, self.next);
             self.since = self.since.saturating_add(u32::from(self.next.wrapping_sub(self.published)));
             if !self.features.in_order && Published::half_way(self.published, self.next) {
-                self.ids.renumber(self.next.wrapping_sub(1));
+                self.ids.renumber(self.next);
             }
             self.published = self.next;
         }
@@ -504,6 +504,10 @@ impl DriverRing for SplitDriver {
 
     fn take_outstanding(&mut self) -> Vec<u64> {
         self.ids.drain()
+    }
+
+    fn resume(&mut self, how: Takeover) -> Result<RingState, RingError> {
+        self.take_over(how)
     }
 
     fn snapshot(&self) -> Snapshot {

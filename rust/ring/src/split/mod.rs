@@ -2,6 +2,7 @@
 
 mod device;
 mod driver;
+mod resume;
 
 pub use device::SplitDevice;
 pub use driver::SplitDriver;
