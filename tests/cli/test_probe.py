@@ -27,7 +27,7 @@ def probe(target: str, **more: str) -> dict[str, Any]:
     done = run("probe", target, "--json", **more)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
-    assert list(report) == ["target", "device", "pci", "features", "config", "queues"]
+    assert list(report) == ["target", "device", "pci", "vhost_user", "features", "config", "queues"]
     assert report["target"] == target
     assert set(report["device"]) == {"type", "name", "id"}
     assert set(report["pci"]) == PCI

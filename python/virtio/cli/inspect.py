@@ -1,6 +1,7 @@
 """A device as values that JSON can say: what `virtio probe` shows, and the first lines of `virtio demo`."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,33 +17,50 @@ if TYPE_CHECKING:
     from virtio.pci.function import PciFunction
     from virtio.transport import Transport
     from virtio.transport.pci import PciTransport
+    from virtio.transport.vhost_user import VhostUserTransport
 
 CAPABILITY_NAMES: Final = {0x01: "PM", 0x05: "MSI", 0x09: "VENDOR", 0x10: "PCI_EXPRESS", 0x11: "MSI-X"}
 
 Report = dict[str, Any]
 
 
+class FeatureBit(IntEnum):
+    """Bits of a vhost-user back-end's features that are not the device's."""
+
+    LOG_ALL = 26
+    PROTOCOL_FEATURES = 30
+
+
 def inspect(transport: "Transport", target: str) -> Report:
     """All that a driver can find out without negotiating. The device is reset before and after. VirtioError: it does not answer."""
     from virtio.transport.pci import PciTransport
+    from virtio.transport.vhost_user import VhostUserTransport
 
     with Driver(transport) as driver:
         driver.acknowledge()
         pci = transport if isinstance(transport, PciTransport) else None
-        offered = transport.offered() if pci is None else raw_features(pci)
+        user = transport if isinstance(transport, VhostUserTransport) else None
+        offered = raw_features(pci) if pci is not None else user.frontend.offered if user is not None else transport.offered()
         kind = kind_of(transport.device_id)
-        offered = Features(offered, names=kind.features)
+        offered = Features(offered, names=(*kind.features, *((FeatureBit,) if user is not None else ())))
         number = transport.device_id
-        count = pci.num_queues if pci is not None else _count(transport)
+        count = pci.num_queues if pci is not None else _count(transport) if user is None else user.num_queues
+        if count is None:  # nobody told: those that every device of the type has
+            count = len(kind.queues(0, offered))
         names = kind.queues(count, offered)
         return {
             "target": target,
             "device": {"type": number, "name": kind.name, "id": DeviceId(number).name if number in DeviceId._value2member_map_ else None},
             "pci": None if pci is None else describe_pci(pci),
+            "vhost_user": None if user is None else describe_vhost_user(user),
             "features": {"mask": f"{int(offered):#x}", "offered": [_bit(bit) for bit in offered]},
-            "config": read_config(driver, kind, offered, config_size(transport)),
+            "config": read_config(driver, kind, offered, config_size(transport)) if user is None else read_fields(driver, kind, offered),
             "queues": [
-                {"index": index, "name": names[index] if index < len(names) else None, "size": transport.queue_max(index)}
+                {
+                    "index": index,
+                    "name": names[index] if index < len(names) else None,
+                    "size": transport.queue_max(index) if user is None else None,
+                }
                 for index in range(count)
             ],
         }
@@ -72,6 +90,29 @@ def read_config(driver: Driver, kind: Kind, offered: Features, size: int) -> Rep
         field.name: field.show(driver.read_config(field.offset, field.length))
         for field in kind.config
         if field.offset + field.length <= size and (not field.features or any(bit in offered for bit in field.features))
+    }
+
+
+def read_fields(driver: Driver, kind: Kind, offered: Features) -> Report:
+    """Fields by name, as far as the back-end has them: nobody tells how long its configuration is."""
+    found: Report = {}
+    for field in kind.config or ():
+        if not field.features or any(bit in offered for bit in field.features):
+            with suppress(ValueError):
+                found[field.name] = field.show(driver.read_config(field.offset, field.length))
+    return found
+
+
+def describe_vhost_user(transport: "VhostUserTransport") -> Report:
+    """What the connection tells beside the device."""
+    frontend = transport.frontend
+    return {
+        "protocol_features": {
+            "mask": f"{int(frontend.offered_protocol):#x}",
+            "offered": [_bit(bit) for bit in frontend.offered_protocol],
+        },
+        "queues": frontend.queues,
+        "memory_slots": frontend.slots,
     }
 
 

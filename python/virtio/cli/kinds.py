@@ -51,7 +51,7 @@ def _net() -> Kind:
     )
 
     def queues(count: int, offered: Features) -> Sequence[str]:
-        names = [f"{way}q{pair + 1}" for pair in range(count // 2) for way in ("receive", "transmit")]
+        names = [f"{way}q{pair + 1}" for pair in range(max(1, count // 2)) for way in ("receive", "transmit")]
         return [*names, "controlq"] if count % 2 and F.CTRL_VQ in offered else names
 
     return Kind("virtio-net", (F,), fields, queues)
@@ -61,7 +61,16 @@ def _rng() -> Kind:
     return Kind("virtio-rng", (), (), lambda count, offered: ("requestq",))
 
 
-_KINDS: Final[dict[int, Callable[[], Kind]]] = {DeviceId.NETWORK: _net, DeviceId.ENTROPY: _rng}
+def _blk() -> Kind:
+    fields = (ConfigField("capacity", 0, 8), ConfigField("blk_size", 20, 4, (6,)), ConfigField("num_queues", 34, 2, (12,)))
+    return Kind("virtio-blk", (), fields, lambda count, offered: [f"requestq{index + 1}" for index in range(max(1, count))])
+
+
+def _unknown() -> Kind:
+    return Kind("virtio device", (), ())
+
+
+_KINDS: Final[dict[int, Callable[[], Kind]]] = {DeviceId.NETWORK: _net, DeviceId.ENTROPY: _rng, DeviceId.BLOCK: _blk, 0: _unknown}
 
 
 def kind_of(device_id: int) -> Kind:

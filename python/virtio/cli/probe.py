@@ -47,14 +47,22 @@ def show(out: Console, report: dict[str, Any]) -> None:
     device, pci = report["device"], report["pci"]
     known_as = f" ({device['id']})" if device["id"] else ""
     place = f" at {pci['address']}" if pci else ""
-    out.print(f"<{device['name']}>{place}, device type {device['type']}{known_as}", style="bold", soft_wrap=True)
+    out.print(f"<{device['name']}>{place}, device type {device['type'] or 'not told'}{known_as}", style="bold", soft_wrap=True)
     if pci:
         _show_pci(out, pci)
+    if (user := report["vhost_user"]) is not None:
+        offered = user["protocol_features"]["offered"]
+        _section(out, f"protocol features ({len(offered)})", [(str(each["bit"]), each["name"] or "") for each in offered])
+        told = "not told" if user["queues"] is None else str(user["queues"])
+        _section(out, "back-end", [("queues, or pairs of them", told), ("memory slots", str(user["memory_slots"]))])
     features = report["features"]["offered"]
     _section(out, f"features offered ({len(features)})", [(str(each["bit"]), each["name"] or f"bit {each['bit']}") for each in features])
     _section(out, "configuration", [(name, str(value)) for name, value in report["config"].items()])
-    queues = [(str(each["index"]), each["name"] or "", f"{each['size']} entries" if each["size"] else "none") for each in report["queues"]]
-    _section(out, "queues", queues)
+    _section(out, "queues", [(str(each["index"]), each["name"] or "", _entries(each["size"])) for each in report["queues"]])
+
+
+def _entries(size: int | None) -> str:
+    return f"{size} entries" if size else "none" if size is not None else "size not told"
 
 
 def _show_pci(out: Console, pci: dict[str, Any]) -> None:

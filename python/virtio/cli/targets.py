@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 EMULATED: Final = ("net", "rng")
 """Device types of this package that stand on an emulated function."""
+EXAMPLES: Final = {"qemu": ("virtio-net-pci",)}
+"""What completion offers where anything may stand."""
+
+
+UNKNOWN: Final = 0
+"""A device type that nobody told; no device has this one (5)."""
 
 
 class Opener(NamedTuple):
@@ -24,6 +30,8 @@ class Opener(NamedTuple):
     help: str
     words: tuple[str, ...]
     open: Callable[[str], "AbstractContextManager[Transport]"]
+    check: Callable[[str], object] = lambda rest: None
+    """CommandError: what stands behind the colon is wrong, as the text alone tells."""
 
 
 class Target(NamedTuple):
@@ -78,12 +86,49 @@ def _open_qemu(device: str) -> "Iterator[Transport]":
             yield transport
 
 
+def device_type(name: str) -> int:
+    """A device type's number, from its short name, the specification's, or the number itself. CommandError: there is none."""
+    from virtio.spec import DeviceId
+
+    short = {"net": DeviceId.NETWORK, "rng": DeviceId.ENTROPY, "blk": DeviceId.BLOCK}
+    named = {each.name.lower().replace("_", "-"): each for each in DeviceId} | short
+    if name in named:
+        return named[name]
+    if name.isascii() and name.isdigit() and int(name) < 1 << 16:
+        return int(name)
+    raise CommandError(f"{name!r} is no device type: {', '.join(sorted(named))}, or a number below 65536")
+
+
+def _path_and_type(rest: str) -> tuple[str, int]:
+    path, comma, option = rest.rpartition(",type=")
+    return (path, device_type(option)) if comma else (rest, UNKNOWN)
+
+
+@contextmanager
+def _open_vhost_user(rest: str) -> "Iterator[Transport]":
+    from virtio.transport.vhost_user import VhostUserTransport
+
+    try:
+        transport = VhostUserTransport(*_path_and_type(rest), reconnect=False)
+    except ValueError as error:  # a path that is none
+        raise CommandError(str(error)) from None
+    with transport:
+        yield transport
+
+
 OPENERS: Final[dict[str, Opener]] = {
     "emulated": Opener(
         "emulated:net, emulated:rng", "a device of this package on its own PCI function, in this process", EMULATED, _open_emulated
     ),
     "qemu": Opener(
         "qemu:DEVICE[,OPTION=VALUE...]", "a device of QEMU's, written as behind its -device: qemu:virtio-net-pci,mac=...", (), _open_qemu
+    ),
+    "vhost-user": Opener(
+        "vhost-user:SOCKET[,type=TYPE]",
+        "a vhost-user back-end that listens there; it does not tell its type: net, rng, blk, ... or a number",
+        (),
+        _open_vhost_user,
+        _path_and_type,
     ),
 }
 
@@ -106,9 +151,13 @@ class TargetType(click.ParamType[Target]):
         opener = OPENERS.get(kind)
         if opener is None or not colon or not rest.strip() or "\0" in rest or (opener.words and rest not in opener.words):
             self.fail(f"{value!r} is no target that is known: {known()}", param, ctx)
+        try:
+            opener.check(rest)
+        except CommandError as error:
+            self.fail(str(error), param, ctx)
         return Target(kind, rest)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Kinds, and the words behind their colons."""
-        words = [f"{kind}:{word}" for kind, opener in OPENERS.items() for word in opener.words or ("virtio-net-pci",)]
+        words = [f"{kind}:{word}" for kind, opener in OPENERS.items() for word in opener.words or EXAMPLES.get(kind, ())]
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]

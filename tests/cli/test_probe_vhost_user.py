@@ -1,0 +1,81 @@
+"""`virtio probe vhost-user:SOCKET`: our own back-end, and places where none is."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.run import failed, run
+from tests.vhost_user.serving import Serving
+from virtio.devices.net import NetFeature
+from virtio.spec import DeviceId
+from virtio.vhost_user.connection import PROTOCOL
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[str]:
+    with Serving(str(tmp_path / "s"), mtu=1400, mac="020304050607") as backend:
+        yield backend.path
+
+
+def probe(target: str) -> dict[str, Any]:
+    done = run("probe", target, "--json")
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_a_network_device(path: str) -> None:
+    for _ in range(2):  # it is left as it was
+        report = probe(f"vhost-user:{path},type=net")
+        assert report["target"] == f"vhost-user:{path},type=net"
+        assert report["device"] == {"type": DeviceId.NETWORK, "name": "virtio-net", "id": "NETWORK"}
+        assert report["pci"] is None
+        assert report["config"] == {"mac": "02:03:04:05:06:07", "status": 1, "mtu": 1400}
+        assert report["queues"] == [
+            {"index": 0, "name": "receiveq1", "size": None},
+            {"index": 1, "name": "transmitq1", "size": None},
+        ]
+        user = report["vhost_user"]
+        assert (user["queues"], user["memory_slots"]) == (1, 32)
+        assert int(user["protocol_features"]["mask"], 16) & int(PROTOCOL) == int(PROTOCOL)
+        assert {"bit": 3, "name": "REPLY_ACK"} in user["protocol_features"]["offered"]
+        offered = {each["name"] for each in report["features"]["offered"]}
+        assert {NetFeature.MTU.name, "VERSION_1", "PROTOCOL_FEATURES"} <= offered
+
+
+def test_types_by_name_and_number_or_none(path: str) -> None:
+    assert probe(f"vhost-user:{path},type=1")["device"]["id"] == "NETWORK"
+    assert probe(f"vhost-user:{path},type=entropy")["queues"] == [{"index": 0, "name": "requestq", "size": None}]
+    report = probe(f"vhost-user:{path}")
+    assert report["device"] == {"type": 0, "name": "virtio device", "id": None}
+    assert report["config"] == {}
+    text = run("probe", f"vhost-user:{path}").stdout
+    assert "device type not told" in text and "CONFIGURE_MEM_SLOTS" in text and "bit 5" in text
+    line = failed(run("probe", f"vhost-user:{path},type=nonsense"), 2)
+    assert "'nonsense' is no device type" in line
+
+
+def test_places_where_no_back_end_is(tmp_path: Path) -> None:
+    plain, dead = tmp_path / "plain", str(tmp_path / "dead")
+    plain.write_text("")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(dead)
+    for where, why in (
+        (str(tmp_path / "none"), "No such file or directory"),
+        (str(plain), "it is not a socket"),
+        (dead, "Connection refused"),
+        ("/" + "x" * 107, "108 bytes, not 1 to 107"),
+    ):
+        assert why in failed(run("probe", f"vhost-user:{where}"), 1)
+
+
+def test_one_that_says_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "silent")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(path)
+        silent.listen()
+        assert "the back-end does not answer GET_FEATURES within 5 s" in failed(run("probe", f"vhost-user:{path}"), 1)
