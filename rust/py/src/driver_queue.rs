@@ -387,8 +387,7 @@ impl DriverQueue {
         self.with(py, |open| Ok(open.notification(&self.ring)))
     }
 
-    /// Where another device takes the ring over, once the one before is gone for good: vhost-user's vring base. What was not used is made
-    /// available again, unless it is `tracked` what the other one had begun.
+    /// Where another device takes the ring over, once the one before is gone for good: vhost-user's vring base (both positions).
     #[pyo3(signature = (*, tracked), text_signature = "($self, *, tracked)")]
     fn resume(&self, py: Python<'_>, tracked: bool) -> Result<u32, Error> {
         let how = if tracked { Takeover::Tracked } else { Takeover::Again };
