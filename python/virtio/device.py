@@ -336,7 +336,8 @@ class Device:
         step = DeviceStep.REENABLE_QUEUE if moves else DeviceStep.SETUP_QUEUE
         DEVICE_TABLE.target(self.state, step)
         if not (most := self.queue_max(index)):
-            raise ValueError(f"queue {index} does not exist: the device has {len(self.queues)}")
+            there = sum(self.queue_max(each) > 0 for each in range(len(self.queues)))
+            raise ValueError(f"queue {index} does not exist: the device has {there}")
         if index in self._served:
             raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
         limit = self.chain_limit and min(self.chain_limit, max(LONGEST_CHAIN, size))
@@ -357,7 +358,7 @@ class Device:
         if queue.broken is None:
             with suppress(VirtioError):
                 queue.settle()
-            _hand_back(queue, (queue.counters["popped"] - queue.outstanding, 0))
+            _hand_back(queue, (queue.progress[0] - queue.outstanding, 0))
         base = queue.base
         queue.close()
         return base
@@ -420,6 +421,24 @@ class Device:
             served.doorbell.signal()
         return calls
 
+    @locked
+    def spin(self) -> int:
+        """Serves every queue once, and asks for no notification: for whoever calls it over and over. How many handlers took something.
+
+        Otherwise as `poll`, which is to be called before anybody sleeps on the doorbells again.
+        """
+        took = 0
+        for index, served in list(self._served.items()):
+            if self.state is not DeviceState.DRIVER_OK:
+                break
+            if served.queue.broken is not None:
+                self.need_reset()
+                break
+            if self.serves(index) and self._call(served):
+                served.queue.disarm()  # with EVENT_IDX that lasts for 65535 chains
+                took += 1
+        return took
+
     def _serve(self, served: _Served) -> bool:
         """Lets the handler look, unasked for notifications; tells whether it took anything, so that looking again makes sense.
 
@@ -436,7 +455,7 @@ class Device:
     def _call(self, served: _Served) -> bool:
         """Calls the handler; tells whether it took anything."""
         queue = served.queue
-        before = _progress(queue)
+        before = queue.progress
         try:
             served.handler(queue)
         except SpecViolation:
@@ -451,7 +470,7 @@ class Device:
         if queue.broken is not None:  # the handler kept the exception to itself
             self.need_reset()
             return False
-        return _progress(queue) != before
+        return queue.progress != before
 
     def _features_stick(self) -> bool:
         self.refused = None
@@ -499,15 +518,9 @@ def _check_constants(device: Device) -> None:
     check("config", isinstance(config, bytes | bytearray | memoryview) or hasattr(config, "__get__"), "bytes")  # or made when it is read
 
 
-def _progress(queue: DeviceQueue) -> tuple[int, int]:
-    """Chains popped and chains used since set-up: numbers that do not come round again, as positions do."""
-    counters = queue.counters
-    return counters["popped"], counters["used"]
-
-
 def _hand_back(queue: DeviceQueue, before: tuple[int, int]) -> None:
     """Publishes what a failed handler completed, and hands back what it popped and left, as far as that goes: the newest chains."""
-    popped = queue.counters["popped"] - before[0]
+    popped = queue.progress[0] - before[0]
     with suppress(ValueError, VirtioError):
         for _ in range(min(popped, queue.outstanding)):
             queue.rewind()

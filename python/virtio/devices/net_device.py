@@ -226,8 +226,9 @@ class NetDevice(DeviceBursts, Device):
         return pair.serve if index % 2 else pair.filled
 
     def serves(self, index: int) -> bool:
-        """The control queue always; the others if there is `on_frames`, without which the port is driven by hand."""
-        return index == self._control or self.on_frames is not None
+        """The control queue always; transmit queues if there is `on_frames`, without which the port is driven by hand. Of receive buffers
+        nobody is told: whoever sends finds them."""
+        return index == self._control or (index % 2 == 1 and self.on_frames is not None)
 
     def on_controlq(self, queue: DeviceQueue) -> None:
         """The driver sent commands: they are answered (5.1.6.5)."""

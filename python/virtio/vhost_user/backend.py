@@ -7,6 +7,7 @@ Any thread, or a signal handler, may call `stop`. With asyncio: `loop.add_reader
 """
 
 import logging
+import math
 import os
 import select
 import socket
@@ -136,7 +137,7 @@ class Backend:
                 if time.monotonic() - heard > FRESH:
                     done += self._hear(0)[0]
                     heard = time.monotonic()
-                done += connection.poll()
+                done += connection.spin(math.inf if timeout is None else timeout)
             if connection.waiting:
                 connection.receive()
             if connection.logging and not connection.closed:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import Final, Protocol
 
 from virtio._core import DeviceQueue, EventFd, Memory
@@ -36,6 +37,8 @@ CTRL_VQ: Final = 17
 LOG_PAGES: Final = 1 << 30
 DISCARD_BATCH: Final = 64
 DISCARD_ROUNDS: Final = 64
+SPIN: Final = 0.0002
+"""Seconds that one turn of a connection looks at its rings before it looks at its messages, if it never sleeps."""
 MESSAGES: Final = 64
 """Messages that one turn reads at most, so that others have theirs."""
 
@@ -362,6 +365,8 @@ class Connection:
         if on:
             device.setup_queue(index, ring.size, ring.areas, doorbell=ring.kick, interrupt=ring.call, base=base, error=ring.error)
             ring.on = True
+            if self._poll and (queue := device.queue(index)) is not None:
+                queue.disarm()
             ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
         else:
             limit = device.queue_max(index)
@@ -413,10 +418,24 @@ class Connection:
 
     def poll(self) -> int:
         """Serves the device's queues; how many handler calls that took. Whatever a handler raises ends the connection."""
+        return self._serve(self.device.poll)
+
+    def spin(self, seconds: float) -> int:
+        """As `poll`, for one that never sleeps: once at least, and for so many seconds (`SPIN` at most) if there is nothing to do."""
+        if not self._poll:
+            return self.poll()
+        calls, until = 0, monotonic() + min(seconds, SPIN)
+        while not calls and not self.closed:
+            calls = self._serve(self.device.spin)
+            if monotonic() >= until:
+                break
+        return calls
+
+    def _serve(self, serve: Callable[[], int]) -> int:
         if not self._heard():
             return 0
         try:
-            calls = self.device.poll()
+            calls = serve()
         except SpecViolation as error:
             self._loop.report(error)
             calls = 1

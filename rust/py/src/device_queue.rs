@@ -469,6 +469,14 @@ impl DeviceQueue {
         Ok(ring::dict(py, all)?)
     }
 
+    /// Chains popped and chains used since set-up.
+    #[getter]
+    fn progress(&self, py: Python<'_>) -> Result<(u64, u64), Error> {
+        let state = self.shared.lock(py)?;
+        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        Ok((counters.popped, counters.used))
+    }
+
     /// Ends the queue; again does nothing.
     fn close(&self, py: Python<'_>) -> Result<(), Error> {
         self.shared.close(py)
