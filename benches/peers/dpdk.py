@@ -24,8 +24,9 @@ from typing import Final, Self
 
 from compare import told
 
-from virtio import BufferPool, Feature, Features, Memory, NetDevice
+from virtio import BufferPool, Feature, Features, Memory, NetDevice, NetDriver
 from virtio.bench.setup import pin
+from virtio.devices.net import DEVICE_ID, WANTED
 from virtio.port import Port
 
 FRAME: Final = 60
@@ -169,6 +170,19 @@ def back_end(path: str, ring: str, *, sends: bool, seconds: float) -> None:
             print(receive(device, idle, seconds), flush=True)
 
 
+def driver(path: str, ring: str, *, sends: bool, seconds: float) -> None:
+    """Our driver, Python, until standard input ends or `seconds` were measured."""
+    from virtio.transport.vhost_user import VhostUserTransport
+
+    pin(DRIVER_CORE)
+    wanted = (WANTED - {Feature.RING_PACKED}) | RINGS[ring][1]
+    with VhostUserTransport(path, device_id=DEVICE_ID) as transport, NetDriver(transport, slots=SLOTS, wanted=wanted) as net:
+        if sends:
+            send(net, lambda: None, ended)
+        else:
+            print(receive(net, lambda: None, seconds), flush=True)
+
+
 def ended() -> bool:
     """Whether standard input has ended."""
     os.set_blocking(0, False)
@@ -240,16 +254,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="runs of each (default 15)")
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds of a run (default 1)")
     parser.add_argument("--ring", choices=RINGS, action="append", help="only these rings")
-    parser.add_argument("--end", choices=("device",), help="one end of ours, by itself")
+    parser.add_argument("--end", choices=("device", "driver"), help="one end of ours, by itself")
     parser.add_argument("--path", help="with --end: the socket")
     parser.add_argument("--send", action="store_true", help="with --end: sends until standard input ends")
     options = parser.parse_args()
     if options.end:
-        back_end(options.path, options.ring[0], sends=options.send, seconds=options.seconds)
+        run = back_end if options.end == "device" else driver
+        run(options.path, options.ring[0], sends=options.send, seconds=options.seconds)
         return
     for ring in options.ring or RINGS:
         print(f"## {ring} ring, million frames of {FRAME} bytes a second\n")
-        for ours in ("device",):
+        for ours in ("device", "driver"):
             for to_device in (True, False):
                 rates: dict[str | None, list[float]] = {ours: [], None: []}
                 for turn in range(options.pairs):
