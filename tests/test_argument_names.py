@@ -172,8 +172,8 @@ LIMITS: list[tuple[str, Call]] = [
     ("region length 0 is not in 1 to 16320", lambda p, _: p.guest.add(0, p.own, offset=64, length=0)),
     ("offset 16384 is not in 0 to 16383", lambda p, _: p.guest.add(0, p.own, offset=64 * 256)),
     ("burst row 0 is not below the burst's count, 0", lambda p, _: p.pool.burst(4).tobytes(0)),
-    ("timeout -1.0 s is not in 0 to 18446744073709551615", lambda p, _: EventFd().wait(-1)),
-    ("timeout inf s is not in 0 to 18446744073709551615", lambda p, _: EventFd().wait(float("inf"))),
+    ("timeout -1.0 s is not 0 or more", lambda p, _: EventFd().wait(-1)),
+    ("timeout NaN s is not 0 or more", lambda p, _: EventFd().wait(float("nan"))),
 ]
 
 

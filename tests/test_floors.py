@@ -39,6 +39,8 @@ PLACES: dict[str, tuple[int, str]] = {
     "virtio.testing": (3, ""),
     "virtio.memory": (2, ""),
     "virtio.pool": (2, ""),
+    "virtio.waiting": (2, ""),
+    "virtio.arguments": (1, ""),
     "virtio.spec": (1, ""),
     "virtio.features": (1, ""),
     "virtio.errors": (1, ""),

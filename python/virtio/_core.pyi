@@ -167,9 +167,14 @@ class EventFd:
     def drain(self) -> int:
         """Takes the signals; how many there were, 0 if none."""
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until it is signalled, at most `timeout` seconds; True if it is. The signals stay. ValueError: a negative timeout."""
+        """Waits until it is signalled, at most `timeout` seconds; True if it is. The signals stay.
+
+        ValueError: a negative timeout. StatusError: closed, by another thread meanwhile too.
+        """
+    def tell_closed(self, event: EventFd) -> None:
+        """Signals `event` when this one is closed; at once if it is. For those who sleep on the descriptor."""
     def close(self) -> None:
-        """Closes it; again does nothing."""
+        """Closes it, which wakes who sleeps in `wait`; again does nothing."""
 
 @disjoint_base
 class BufferPool:

@@ -8,17 +8,16 @@
 The device is not trusted: every loop that waits for it is bounded, and what it reads as is checked.
 """
 
-import select
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
-from math import ceil
 from threading import Lock, RLock
 from time import monotonic, sleep
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 from weakref import WeakValueDictionary
 
+from virtio import arguments
 from virtio._core import DriverQueue, EventFd, Memory
 from virtio.errors import DeviceNeedsReset, FeatureNegotiationError, StatusError, TransportError, VirtioError
 from virtio.features import Features, Requires, describe
@@ -26,6 +25,7 @@ from virtio.features import select as select_features
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
 from virtio.status import StatusTable, locked
 from virtio.transport import Alternating, Doorbell, Resuming, Transport, check_negotiable
+from virtio.waiting import Watch, milliseconds, sleep_on
 
 RING_FEATURES: Final = Features({Feature.RING_PACKED, Feature.EVENT_IDX, Feature.INDIRECT_DESC})
 """What a driver of this package wants beside its type's features, unless told otherwise."""
@@ -35,9 +35,6 @@ MEMORY_SIZE: Final = 1 << 24
 
 RESET_TIMEOUT: Final = 5.0
 """Seconds that a device may take for a reset."""
-
-LONGEST_SLEEP: Final = 2_000_000.0
-"""Seconds that one `wait` sleeps at most: what `poll` can count."""
 
 CONFIG_ATTEMPTS: Final = 64
 """How often configuration is read before its generation has to stand still (2.5.1)."""
@@ -147,8 +144,8 @@ class Driver:
         self._queues_reset: set[int] = set()
         self._buffers: list[int] = []
         self._serve: Callable[[], int] | None = transport.serve if isinstance(transport, Alternating) else None
-        self._events = select.epoll()
-        self._events.register(transport.config_interrupt.fileno(), select.EPOLLIN)
+        self._watch: Watch | None = Watch([transport.config_interrupt])
+        transport.config_interrupt.tell_closed(self._watch.over)
 
     @property
     def state(self) -> DriverState:
@@ -289,7 +286,7 @@ class Driver:
             resuming.queue_resumes(index, queue.resume)
         enabled = self._enabled[index] = _Enabled(queue, doorbell, self.transport.interrupt(index))
         self._queues_reset.discard(index)
-        self._events.register(enabled.interrupt.fileno(), select.EPOLLIN)
+        self._watching().add(enabled.interrupt)
         if self._state is DriverState.DRIVER_OK:
             queue.connect(doorbell)
         return queue
@@ -339,9 +336,10 @@ class Driver:
     def fileno(self) -> int:
         """One descriptor for a selector: readable when a queue or the configuration has a notification, until `wait` has taken it.
 
-        Whoever sleeps on it calls `arm` first, and does not sleep if that is true.
+        Whoever sleeps on it calls `arm` first, and does not sleep if that is true. It is readable, too, once the transport is closed.
+        StatusError: the driver is closed.
         """
-        return self._events.fileno()
+        return self._watching().fileno()
 
     def arm(self, queues: Iterable[DriverQueue] | None = None) -> bool:
         """Asks for notifications of `queues` (all, if not told); true if one of them has used buffers already, or is broken.
@@ -355,25 +353,24 @@ class Driver:
         """Sleeps until one of `queues` (all, if not told) may have used buffers or is broken, or the configuration changed.
 
         Arms, looks again, then sleeps; one thread for each queue may do so. True can be a false alarm (2.3), False means that `timeout`
-        seconds have passed. DeviceNeedsReset, TransportError: as `check`, which is called when the configuration changed and when time ran
-        out. ValueError: a queue that is not set up here.
+        seconds have passed; a time below 0 is 0. DeviceNeedsReset, TransportError: as `check`, called when the configuration changed and
+        when time ran out. StatusError: out of order; or driver or transport are closed, which wakes all who sleep. ValueError: a queue
+        that is not set up here.
         """
         DRIVER_TABLE.target(self._state, DriverStep.WAIT)
+        time, watch = milliseconds(timeout), self._watching()
         chosen = self._chosen(queues)
         if self._arm(chosen):
             return True
         if self._serve is not None:
             self._serve()
         config = self.transport.config_interrupt
-        events = {event.fileno(): event for event in (config, *(enabled.interrupt for enabled in chosen))}
-        sleep_on = select.poll()
-        for descriptor in events:
-            sleep_on.register(descriptor, select.POLLIN)
-        milliseconds = None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000)
-        ready = [descriptor for descriptor, _ in sleep_on.poll(milliseconds)]
-        for descriptor in ready:
-            events[descriptor].drain()
-        if config.fileno() in ready or (not ready and milliseconds != 0):
+        try:
+            ready = sleep_on([config, *(enabled.interrupt for enabled in chosen)], time, over=watch.over)
+        except StatusError:
+            what = "driver" if self._state is DriverState.CLOSED else "transport"
+            raise StatusError(f"the {what} is closed, so there is nothing to wait for") from None
+        if config in ready or (not ready and time != 0):
             try:
                 self.check()
             except DeviceNeedsReset:
@@ -386,7 +383,7 @@ class Driver:
 
         SpecViolation: the device broke a rule. StatusError: it did so before, and the queue is broken until the device is reset.
         """
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + arguments.seconds("timeout", timeout)
         while not (used := queue.pop_used()):
             if queue.broken is not None:
                 raise StatusError(f"queue {queue.index} is broken until the device is reset: {queue.broken}")
@@ -430,7 +427,9 @@ class Driver:
                 self.reset()
         finally:
             self._state = DRIVER_TABLE.target(self._state, DriverStep.CLOSE)
-            self._events.close()
+            watch, self._watch = self._watch, None
+            if watch is not None:
+                watch.over.signal()
             with suppress(ValueError):  # a transport that was closed first has let go of it
                 self.transport.detach(self.memory)
 
@@ -450,6 +449,11 @@ class Driver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _watching(self) -> Watch:
+        if (watch := self._watch) is None:
+            raise StatusError("the driver is closed")
+        return watch
+
     def _chosen(self, queues: Iterable[DriverQueue] | None) -> list[_Enabled]:
         enabled = {each.queue: each for each in list(self._enabled.values())}
         try:
@@ -463,7 +467,8 @@ class Driver:
 
     def _dismiss(self, index: int) -> list[Any]:
         enabled = self._enabled.pop(index)
-        self._events.unregister(enabled.interrupt.fileno())
+        with suppress(StatusError, OSError):  # a transport that is closed took its interrupts with it
+            self._watching().remove(enabled.interrupt)
         tokens = enabled.queue.reset()
         enabled.queue.close()
         return tokens

@@ -83,7 +83,17 @@ class Port(Protocol):
         """One descriptor for a selector: readable when `wait` would not sleep, if `arm` was called before."""
 
     def __aiter__(self) -> AsyncIterator[Burst]:
-        """Bursts of received packets, each valid until the next is asked for. One task at a time."""
+        """Bursts of received packets, each valid until the next is asked for. One task at a time.
+
+        StatusError: the port or its transport was closed meanwhile.
+        """
+
+
+class Descriptor(Protocol):
+    """What has a descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
 
 
 class AsyncBursts:
@@ -106,18 +116,23 @@ class AsyncBursts:
             else:
                 self._alternate()
                 if not self.arm():
-                    await readable(self.fileno())
+                    await readable(self._sleeps_on())
                 self.wait(0)  # takes the notification, and looks at the link and at NEEDS_RESET
+
+    def _sleeps_on(self: Any) -> Descriptor:
+        """What is readable when `fileno` is, and stays open until nobody has it any more, though this is closed."""
+        end: Descriptor = self
+        return end
 
     def _alternate(self) -> None:
         """Runs the other end if it lives in this thread."""
 
 
-async def readable(descriptor: int) -> None:
-    """Returns once `descriptor` is readable. One task at a time for each descriptor."""
+async def readable(source: Descriptor) -> None:
+    """Returns once the descriptor of `source` is readable. One task at a time for each."""
     import asyncio
 
-    loop = asyncio.get_running_loop()
+    loop, descriptor = asyncio.get_running_loop(), source.fileno()
     event = asyncio.Event()
     loop.add_reader(descriptor, event.set)
     try:

@@ -44,7 +44,7 @@ from virtio.devices.net_pairs import DriverBursts, DriverPair, check_whole, conn
 from virtio.driver import MEMORY_SIZE, RESET_TIMEOUT, RING_FEATURES, Driver, DriverState
 from virtio.errors import SpecViolation
 from virtio.features import Features
-from virtio.port import add_statistics
+from virtio.port import Descriptor, add_statistics
 from virtio.spec import Feature
 from virtio.status import locked
 from virtio.transport import Transport
@@ -379,6 +379,9 @@ class NetDriver(Commands, DriverBursts, Driver):
             if self._own_memory is not None:
                 with suppress(BufferError):  # bursts and views keep it, and the last of them frees it
                     self._own_memory.close()
+
+    def _sleeps_on(self) -> Descriptor:
+        return self._watching()
 
     def _alternate(self) -> None:
         if self._serve is not None:

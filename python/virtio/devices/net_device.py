@@ -12,12 +12,13 @@ from virtio.device import RING_FEATURES, Device, DeviceState
 from virtio.devices import net_control, net_header
 from virtio.devices.net_control import ControlClass
 from virtio.devices.net_header import DEFAULT_MTU, DEVICE_ID, IMPLEMENTED, MULTIQUEUE, RULES, Config, NetFeature, NetStatus
-from virtio.devices.net_pairs import DeviceBursts, DevicePair, check_whole, connect, find_pair, queue_names, sleep_on
+from virtio.devices.net_pairs import DeviceBursts, DevicePair, check_whole, connect, find_pair, queue_names
 from virtio.errors import StatusError
 from virtio.features import Features
 from virtio.port import add_statistics
 from virtio.spec import Feature, Status
 from virtio.status import locked
+from virtio.waiting import milliseconds, sleep_on
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,11 +187,12 @@ class NetDevice(DeviceBursts, Device):
     def wait(self, timeout: float | None = None, *, room: bool = False) -> bool:
         """Sleeps until the driver may have sent something, with `room` also until it may have given buffers, or until it set the device up
         or reset it. True can be a false alarm, False means that `timeout` seconds have passed."""
+        time = milliseconds(timeout)
         if self.arm(room=room):
             return True
         bells, control = dict(self._doorbells), self._control
         chosen = [bell for index, bell in bells.items() if room or index % 2 or index == control]
-        ready = sleep_on([self._changed, *chosen], timeout)
+        ready = sleep_on([self._changed, *chosen], time)
         for pair in self._pairs:
             pair.quieten()
         if bells.get(control) in ready:

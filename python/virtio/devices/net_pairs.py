@@ -9,14 +9,13 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from math import ceil
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, DriverPort, DriverQueue, EventFd, PortGroup
-from virtio.driver import LONGEST_SLEEP
 from virtio.errors import SpecViolation, StatusError
 from virtio.features import Features
-from virtio.port import AsyncBursts, add_statistics, notifications
+from virtio.port import AsyncBursts, Descriptor, add_statistics, notifications
+from virtio.waiting import Watch, milliseconds, sleep_on
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,19 +41,6 @@ def find_pair(pairs: tuple[_P, ...], number: int) -> _P:
     if not 0 <= number < len(pairs):
         raise ValueError(f"queue pair {number} is outside 0..{len(pairs) - 1}")
     return pairs[number]
-
-
-def sleep_on(events: Iterable[EventFd], timeout: float | None) -> list[EventFd]:
-    """Sleeps until one of `events` is signalled, or for `timeout` seconds; those that were are drained."""
-    known = {event.fileno(): event for event in events}
-    poll = select.poll()
-    for descriptor in known:
-        poll.register(descriptor, select.POLLIN)
-    milliseconds = None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000)
-    ready = [known[descriptor] for descriptor, _ in poll.poll(milliseconds)]
-    for event in ready:
-        event.drain()
-    return ready
 
 
 class Pair:
@@ -226,7 +212,7 @@ class DriverPair(DriverBursts, Pair):
     def __init__(self, end: Any, number: int) -> None:
         super().__init__(end, number)
         self._interrupts: dict[int, EventFd] = {}
-        self._events: select.epoll | None = None
+        self._watch: Watch | None = None
         self._room_asked = False
 
     def arm(self, *, room: bool = False) -> bool:
@@ -239,11 +225,16 @@ class DriverPair(DriverBursts, Pair):
 
     def fileno(self) -> int:
         """One descriptor for a selector: readable when `wait` would not sleep, if `arm` was called before."""
-        if self._events is None:
-            self._events = select.epoll()
-            for event in (self._end.transport.config_interrupt, *self._interrupts.values()):
-                self._events.register(event.fileno(), select.EPOLLIN)
-        return self._events.fileno()
+        return self._watching().fileno()
+
+    def _watching(self) -> Watch:
+        if self._watch is None:
+            events = (self._end.transport.config_interrupt, *self._interrupts.values())
+            self._watch = Watch(events, over=self._end._watching().over)
+        return self._watch
+
+    def _sleeps_on(self) -> Descriptor:
+        return self._watching()
 
     def queues(self, room: bool) -> list[DriverQueue]:
         """What is waited for: the receive queue, with `room` both."""
@@ -263,11 +254,11 @@ class DriverPair(DriverBursts, Pair):
             self.transmitq = queue
         else:
             self.receiveq = queue
-        if self._events is not None and old is not interrupt:
+        if self._watch is not None and old is not interrupt:
             if old is not None:
                 with suppress(OSError, StatusError):  # it is closed
-                    self._events.unregister(old.fileno())
-            self._events.register(interrupt.fileno(), select.EPOLLIN)
+                    self._watch.remove(old)
+            self._watch.add(interrupt)
 
     def _alternate(self) -> None:
         self._end._alternate()
@@ -299,11 +290,11 @@ class DevicePair(DeviceBursts, Pair):
 
     def wait(self, timeout: float | None = None, *, room: bool = False) -> bool:
         """As `NetDevice.wait`, for this pair."""
-        changed = self._notice()
+        time, changed = milliseconds(timeout), self._notice()
         if self.arm(room=room):
             return True
         bells = [self._end.doorbell(index) for index in self.indexes[0 if room else 1 :]]
-        ready = sleep_on([changed, *(bell for bell in bells if bell is not None)], timeout)
+        ready = sleep_on([changed, *(bell for bell in bells if bell is not None)], time)
         self.quieten()
         return bool(ready)
 

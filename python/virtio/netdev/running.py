@@ -6,13 +6,11 @@ import os
 import select
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import ceil
 from threading import RLock, Thread, current_thread
 from types import TracebackType
 from typing import Protocol, Self
 
 from virtio._core import EventFd, Pump, PumpRunner
-from virtio.driver import LONGEST_SLEEP
 from virtio.errors import StatusError, VirtioError
 from virtio.netdev.ends import End, Pumps
 
@@ -169,15 +167,12 @@ class Running:
             raise self._error
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleeps until it has ended, and raises what ended it; true if it was stopped, false if `timeout` seconds have passed."""
-        if self._closed:
-            self.check()
-            return True
-        sleep_on = select.poll()
-        sleep_on.register(self._ended.fileno(), select.POLLIN)
-        ready = sleep_on.poll(None if timeout is None else ceil(min(max(timeout, 0.0), LONGEST_SLEEP) * 1000))
+        """Sleeps until it has ended, and raises what ended it; true if it was stopped or closed, false if `timeout` seconds have passed."""
+        ready = True
+        with suppress(StatusError):  # closed, now or meanwhile
+            ready = self._ended.wait(timeout)
         self.check()
-        return bool(ready)
+        return ready
 
     def __enter__(self) -> Self:
         return self

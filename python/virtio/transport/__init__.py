@@ -109,7 +109,11 @@ class Transport(Protocol):
         """Takes `memory` away from the device again. ValueError: it is not attached."""
 
     def close(self) -> None:
-        """Resets the device and lets go of it. Closing twice is closing once."""
+        """Resets the device, lets go of it, and closes the eventfds, `config_interrupt` first: whoever waits for one is woken.
+
+        A driver that lives on is not told when it sends: what it makes available reaches nobody. Close it first. Closing twice is closing
+        once.
+        """
 
 
 @runtime_checkable

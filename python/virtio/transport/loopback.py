@@ -127,7 +127,7 @@ class LoopbackTransport:
         device.reset()
         device.connect(None)
         self._attachments.clear()
-        for event in (*self._doorbells.values(), *self._interrupts.values(), self._config_interrupt):
+        for event in (self._config_interrupt, *self._doorbells.values(), *self._interrupts.values()):
             event.close()
 
     def __enter__(self) -> Self:

@@ -88,15 +88,28 @@ impl EventFd {
     /// # Errors
     /// `Os` with EINTR if a signal handler ran, so that the caller can act on it and wait again.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool, MemoryError> {
-        let limit = timeout.map(|time| libc::timespec {
-            tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: time.subsec_nanos().into(),
-        });
-        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd, a time limit or null, and no signal mask.
-        let ready = unsafe { libc::ppoll(&mut poll, 1, limit.as_ref().map_or(std::ptr::null(), |limit| limit), std::ptr::null()) };
-        if ready < 0 { Err(MemoryError::last_os("ppoll")) } else { Ok(ready > 0) }
+        wait_each([self], timeout).map(|[ready]| ready)
     }
+
+    /// As [`EventFd::wait`], for one of the two; which of them are signalled.
+    ///
+    /// # Errors
+    /// As `wait`.
+    pub fn wait_either(&self, other: &Self, timeout: Option<Duration>) -> Result<[bool; 2], MemoryError> {
+        wait_each([self, other], timeout)
+    }
+}
+
+fn wait_each<const N: usize>(events: [&EventFd; N], timeout: Option<Duration>) -> Result<[bool; N], MemoryError> {
+    let limit = timeout.map(|time| libc::timespec {
+        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), |limit| limit);
+    let mut polls = events.map(|event| libc::pollfd { fd: event.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    // SAFETY: as many pollfds as are named, a time limit or null, and no signal mask.
+    let ready = unsafe { libc::ppoll(polls.as_mut_ptr(), N as libc::nfds_t, limit, std::ptr::null()) };
+    if ready < 0 { Err(MemoryError::last_os("ppoll")) } else { Ok(polls.map(|poll| poll.revents != 0)) }
 }
 
 impl AsFd for EventFd {

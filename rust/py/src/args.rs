@@ -79,9 +79,31 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Int {
     }
 }
 
-/// Seconds, from 0 to as many as there can be.
-pub fn seconds(what: &str, value: f64) -> Result<Duration, Error> {
-    Duration::try_from_secs_f64(value).map_err(|_| Error::Value(format!("{what} {value:?} s is not in 0 to {}", u64::MAX)))
+/// Seconds as they were passed: a number, 0 or more.
+pub enum Seconds {
+    /// Most of them.
+    Value(f64),
+    /// The `TypeError` about something that is no number, or the `OverflowError` about too large an integer.
+    Wrong(PyErr),
+}
+
+impl Seconds {
+    /// As a time; what is longer than there can be is the longest.
+    pub fn duration(&self, what: &str) -> Result<Duration, Error> {
+        match self {
+            Seconds::Value(value) if *value >= 0.0 => Ok(Duration::try_from_secs_f64(*value).unwrap_or(Duration::MAX)),
+            Seconds::Value(value) => Err(Error::Value(format!("{what} {value:?} s is not 0 or more"))),
+            Seconds::Wrong(error) => Err(wrong(what, error)),
+        }
+    }
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Seconds {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        Ok(object.extract().map_or_else(Seconds::Wrong, Seconds::Value))
+    }
 }
 
 /// Accepted feature bits, 0 to 127 (2.2), as one integer. A member of an enumeration names one bit by its number, and would be read as other

@@ -54,8 +54,8 @@ fn layout(size: Int, features: Mask) -> Result<(Extent, Extent, Extent), Error> 
 
 /// For tests: holds an object's lock for so long, without the GIL, so that other threads have to wait for it.
 #[pyfunction]
-fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: f64) -> Result<(), Error> {
-    let time = args::seconds("seconds", seconds)?;
+fn _hold(py: Python<'_>, object: &Bound<'_, PyAny>, seconds: args::Seconds) -> Result<(), Error> {
+    let time = seconds.duration("seconds")?;
     if let Ok(queue) = object.cast::<driver_queue::DriverQueue>() {
         lock::hold(py, queue.get().mutex(), time);
     } else if let Ok(queue) = object.cast::<device_queue::DeviceQueue>() {

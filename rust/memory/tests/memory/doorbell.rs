@@ -92,6 +92,16 @@ fn a_waiting_thread_is_woken() {
 }
 
 #[test]
+fn either_of_two_ends_a_wait() {
+    let (one, other) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+    assert_eq!(one.wait_either(&other, NOW), Ok([false, false]));
+    other.signal().unwrap();
+    assert_eq!(one.wait_either(&other, None), Ok([false, true]));
+    one.signal().unwrap();
+    assert_eq!(one.wait_either(&other, None), Ok([true, true]));
+}
+
+#[test]
 fn a_register_gets_the_value_at_its_width() {
     let device = memory(4096);
     let registers = Registers::new(device.span(0, 16).unwrap());

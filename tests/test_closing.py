@@ -1,0 +1,143 @@
+"""Closing wakes: whoever sleeps on something that is closed elsewhere gets a StatusError at once, in a thread or in a task."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.transports import KINDS, over
+from virtio import EventFd, NetDevice, NetDriver, StatusError
+from virtio.devices.rng import RngDevice, RngDriver
+from virtio.netdev import Namespace, Netdev
+from virtio.transport.loopback import LoopbackTransport
+
+PATIENCE = 60.0
+
+Close = Callable[[Any, Any], object]
+WAYS: dict[str, Close] = {"driver": lambda transport, driver: driver.close(), "transport": lambda transport, driver: transport.close()}
+
+
+def while_asleep(sleep: Callable[[], object], act: Callable[[], object]) -> Future[object]:
+    """What `sleep` came to in a thread of its own, when `act` was called meanwhile."""
+    with ThreadPoolExecutor(4) as pool:
+        sleepers = [pool.submit(sleep) for _ in range(3)]
+        time.sleep(0.05)  # they are asleep by now; if they are not, all the same has to come out
+        act()
+        found = {type(sleeper.exception(PATIENCE)) for sleeper in sleepers}
+        assert len(found) == 1, found
+    return sleepers[0]
+
+
+def close_all(transport: Any, driver: Any) -> None:
+    try:
+        driver.close()
+    except StatusError:  # its transport was closed first
+        driver.close()
+    transport.close()
+
+
+def test_an_eventfd() -> None:
+    event = EventFd()
+    with pytest.raises(StatusError, match="the eventfd is closed"):
+        while_asleep(event.wait, event.close).result()
+    event = EventFd()
+    with pytest.raises(StatusError, match="the eventfd is closed"):
+        while_asleep(lambda: event.wait(PATIENCE), event.close).result()
+
+
+def test_an_eventfd_tells_others_of_its_end() -> None:
+    event, here, there = EventFd(), EventFd(), EventFd()
+    event.tell_closed(here)
+    event.tell_closed(EventFd())  # nobody has that any more
+    event.signal()
+    assert not here.wait(0)
+    event.close()
+    event.close()
+    event.tell_closed(there)
+    assert (here.drain(), there.drain()) == (1, 1)
+    with pytest.raises(StatusError):
+        there.tell_closed(event)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_driver_that_waits(kind: str, way: str) -> None:
+    transport = over(kind, NetDevice())
+    driver = NetDriver(transport)
+    with pytest.raises(StatusError, match=f"the {way} is closed"):
+        while_asleep(driver.wait, lambda: WAYS[way](transport, driver)).result()
+    close_all(transport, driver)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_request_that_waits(way: str) -> None:
+    class Slow(RngDevice):
+        def on_requestq(self, queue: Any) -> None: ...
+
+    transport = LoopbackTransport(Slow())
+    driver = RngDriver(transport)
+    with pytest.raises(StatusError, match=f"the {way} is closed"):
+        while_asleep(lambda: driver.wait_used(driver.requestq), lambda: WAYS[way](transport, driver)).result()
+    close_all(transport, driver)
+
+
+@pytest.mark.parametrize("pair", ["all", "one"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_that_iterates(kind: str, way: str, pair: str) -> None:
+    transport = over(kind, NetDevice(queue_pairs=2))
+    driver = NetDriver(transport, queue_pairs=2)
+
+    async def iterate() -> None:
+        async for _ in driver if pair == "all" else driver.pair(1):
+            pass
+
+    async def main() -> None:
+        task = asyncio.create_task(iterate())
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        WAYS[way](transport, driver)
+        with pytest.raises(StatusError, match="closed"):
+            await asyncio.wait_for(task, PATIENCE)
+
+    asyncio.run(main())
+    close_all(transport, driver)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_selector(kind: str) -> None:
+    import select
+
+    transport = over(kind, NetDevice())
+    driver = NetDriver(transport)
+    driver.arm()
+    ready = select.poll()
+    ready.register(driver.fileno(), select.POLLIN)
+    assert ready.poll(0) == []
+    transport.close()
+    assert ready.poll(0) == [(driver.fileno(), select.POLLIN)]
+    with pytest.raises(StatusError):
+        driver.wait()
+    close_all(transport, driver)
+    with pytest.raises(StatusError, match="the driver is closed"):
+        driver.fileno()
+
+
+def test_a_device_whose_transport_closes() -> None:
+    device = NetDevice()
+    with LoopbackTransport(device):
+        device.wait(0)
+        transport_closes = device.wait  # True: it was reset
+    assert transport_closes(PATIENCE)
+
+
+def test_an_interface_that_is_waited_for() -> None:
+    device = NetDevice()
+    with LoopbackTransport(device) as transport, NetDriver(transport), Namespace() as namespace:
+        netdev = Netdev(device, "vn0", namespace=namespace)
+        netdev.start()
+        assert while_asleep(netdev.wait, netdev.close).result() is True
+        assert netdev.wait() is True
