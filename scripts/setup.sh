@@ -24,6 +24,7 @@ command -v c++ >/dev/null || missing+=(g++) # libFuzzer is C++
 command -v git >/dev/null || missing+=(git)
 command -v ip >/dev/null || missing+=(iproute2) # these two for tests of kernel interfaces
 command -v ping >/dev/null || missing+=(iputils-ping)
+command -v tcpdump >/dev/null || missing+=(tcpdump) # reads captures
 python=$(find_python)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"

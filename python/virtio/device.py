@@ -229,6 +229,11 @@ class Device:
         """Counts changes of the configuration (2.5), modulo 2**32."""
         return self._config_generation
 
+    @property
+    def connected(self) -> bool:
+        """Whether it is on a transport that hears of changes of its configuration."""
+        return self._config_interrupt is not None
+
     def connect(self, config_interrupt: EventFd | None) -> None:
         """Gives the device what it signals for configuration-change notifications. StatusError: it has one, so it is on a transport."""
         if config_interrupt is not None and self._config_interrupt is not None:

@@ -16,7 +16,7 @@ from tests.cli.run import LIMIT, command, environment, failed, run, started
 from virtio.cli.app import cli
 
 ESCAPE = "\x1b"
-SUBCOMMANDS = ("probe", "demo", "completion")
+SUBCOMMANDS = ("probe", "demo", "serve", "completion")
 
 
 def on_terminal(*words: str, **more: str) -> tuple[int, str]:
@@ -110,7 +110,8 @@ def test_completion_prints_a_script_that_names_the_command(shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("virtio ", {"probe", "demo", "completion"}),
+        ("virtio ", {"probe", "demo", "serve", "completion"}),
+        ("virtio serve ", {"net", "rng"}),
         ("virtio de", {"demo"}),
         ("virtio probe emu", {"emulated:net", "emulated:rng"}),
         ("virtio demo --", {"--qemu", "--guest", "--kernel", "--packed", "--no-offloads", "--seconds", "--json", "--help"}),

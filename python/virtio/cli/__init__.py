@@ -21,6 +21,11 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
+def serve_net() -> int:
+    """The program `virtio-serve-net`: `virtio serve net`, for who starts back-ends without a word before the options."""
+    return main(["serve", "net", *sys.argv[1:]])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments`, by default the process's own; returns the exit code. Signals that end it are handled inside."""
     _open_what_is_closed()

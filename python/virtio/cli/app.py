@@ -12,6 +12,7 @@ from virtio.cli.completion import completion
 from virtio.cli.demo import demo
 from virtio.cli.output import DEVELOPER, explain, fail
 from virtio.cli.probe import probe
+from virtio.cli.serve import serve
 from virtio.cli.signals import Quiet, check
 
 NAME: Final = "virtio"
@@ -29,12 +30,12 @@ def _show_version(context: click.Context, option: click.Parameter, wanted: bool)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Virtio devices, seen from a driver: what they are, and one of them at work."""
+    """Virtio devices: what they are, one at work, and some for virtual machines."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for subcommand in (probe, demo, completion):
+for subcommand in (probe, demo, serve, completion):
     cli.add_command(subcommand)
 
 

@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
@@ -43,11 +43,12 @@ class Backend:
     It listens there, or with `connect` it connects, again whenever the connection is gone. A descriptor, which becomes the back-end's, is
     of a listening socket or of a connection. `device` is a device, which has one connection at a time (others wait), or what makes one for
     each connection. `poll` never sleeps while a ring runs. `report` is told of mistakes of front-ends and of what ended a connection; by
-    default `logging` is. `protocol_features` is a choice from `PROTOCOL`.
+    default `logging` is. `protocol_features` is a choice from `PROTOCOL`; `withheld` are features of devices that are not offered here.
 
     Devices run in the thread that processes. What is driven by hand (`Device.serves` is false) belongs in that thread too.
 
-    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made; no socket's descriptor.
+    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made; no Unix socket's
+    descriptor.
     """
 
     def __init__(
@@ -59,7 +60,11 @@ class Backend:
         poll: bool = False,
         report: Callable[[Exception], object] | None = None,
         protocol_features: Features = PROTOCOL,
+        withheld: Iterable[int] = (),
     ) -> None:
+        self._withheld = Features(withheld)
+        self.accepted = 0
+        """How many front-ends have connected, and were given a device, since it was made."""
         self._device, self._poll, self._protocol = device, poll, protocol_features
         self._report = report
         self._path: str | None = None
@@ -93,6 +98,11 @@ class Backend:
     def connections(self) -> int:
         """How many front-ends are connected."""
         return len(self._connections)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the only connection that there can be has ended."""
+        return not self._connections and self._listener is None and not self._connecting
 
     def fileno(self) -> int:
         """A descriptor that is readable when `process` has something to do."""
@@ -157,7 +167,7 @@ class Backend:
 
     def serve(self) -> None:
         """Processes until `stop`, or until the only connection that there can be has ended."""
-        while not self._stopping and (self._connections or self._listener is not None or self._connecting):
+        while not self._stopping and not self.ended:
             self.process(None)
         self._stopping = False
 
@@ -233,7 +243,9 @@ class Backend:
         link = Link(connected)
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
-            self._connections.append(Connection(link, device, self, protocol_features=self._protocol, poll=self._poll))
+            made = Connection(link, device, self, protocol_features=self._protocol, poll=self._poll, withheld=self._withheld)
+            self._connections.append(made)
+            self.accepted += 1
         except Exception as error:
             link.close()
             self.report(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -77,11 +77,20 @@ class Ring:
 class Connection:
     """A front-end that is connected over `link`, and the device that it has. Both are its own until `close`."""
 
-    def __init__(self, link: Link, device: Device, loop: Loop, *, protocol_features: Features = PROTOCOL, poll: bool = False) -> None:
+    def __init__(
+        self,
+        link: Link,
+        device: Device,
+        loop: Loop,
+        *,
+        protocol_features: Features = PROTOCOL,
+        poll: bool = False,
+        withheld: Iterable[int] = (),
+    ) -> None:
         """StatusError: the device is on a transport already; the link is closed."""
         self.device: Final = device
         self.session: Final = BackendSession(
-            device.offered,
+            device.offered - withheld,
             len(device.queues),
             file_size=lambda descriptor: os.fstat(descriptor).st_size,
             protocol_features=protocol_features,

@@ -81,11 +81,16 @@ def connect(path: str) -> socket.socket:
 
 
 def adopt(descriptor: int) -> socket.socket:
-    """A socket that somebody passed; the descriptor is the socket's from here on. TransportError: it is none."""
+    """A Unix socket that somebody passed; the descriptor is the socket's from here on. TransportError: it is none."""
     try:
-        return socket.socket(fileno=descriptor)
+        found = socket.socket(fileno=descriptor)
     except OSError as error:
         raise TransportError(f"descriptor {descriptor} is not a socket: {error.strerror}") from None
+    if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
+        kind = f"{getattr(found.family, 'name', found.family)}, {getattr(found.type, 'name', found.type)}"
+        found.detach()
+        raise TransportError(f"descriptor {descriptor} is not a Unix stream socket, but {kind}")
+    return found
 
 
 def listening(one: socket.socket) -> bool:

@@ -1,0 +1,80 @@
+"""Frames as a capture that tcpdump reads: the classic file format, with times in nanoseconds."""
+
+import os
+import struct
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from virtio import BufferPool, Burst, EventFd
+
+MAGIC: Final = 0xA1B2_3C4D
+"""Times are in nanoseconds."""
+LONGEST: Final = 1 << 18
+"""Bytes of a frame that are kept."""
+ETHERNET: Final = 1
+_FILE: Final = struct.Struct("=IHHiIII")
+_FRAME: Final = struct.Struct("=IIII")
+
+
+class Capture:
+    """Writes whole frames into a file, each burst at once."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Makes the file, or replaces what is in it. OSError: that cannot be."""
+        self._path = path
+        self._error: OSError | None = None
+        self._failed = EventFd()
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # it has a `close` of its own
+        self._write(_FILE.pack(MAGIC, 2, 4, 0, 0, LONGEST, ETHERNET))
+        self.frames = 0
+
+    def fileno(self) -> int:
+        """Readable when the file took no more."""
+        return self._failed.fileno()
+
+    def check(self) -> None:
+        """OSError: the file took no more."""
+        if self._error is not None:
+            raise self._error
+
+    def write(self, burst: Burst, pool: BufferPool) -> None:
+        """The packets of a burst, as they lie in the pool's slots. OSError: the file does not take them, and takes no others then."""
+        self.check()
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        count, frames = burst.count, pool.frames
+        columns = (burst.slots, burst.lengths, burst.offsets, burst.more)
+        rows = zip(*(column[:count].tolist() for column in columns), strict=True)
+        found: list[bytes] = []
+        pieces: list[bytes] = []
+        for slot, length, offset, more in rows:
+            begin = offset - BufferPool.HEADROOM
+            pieces.append(frames[slot, begin : begin + length].tobytes())
+            if not more:
+                data = b"".join(pieces)
+                pieces.clear()
+                kept = data[:LONGEST]
+                found += (_FRAME.pack(seconds, nanoseconds, len(kept), len(data)), kept)
+                self.frames += 1
+        self._write(b"".join(found))
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            self._error = OSError(error.errno, f"{os.fspath(self._path)!r}: {error.strerror}")
+            self._failed.signal()
+            raise self._error from None
+
+    def close(self) -> None:
+        """Again does nothing."""
+        self._file.close()
+        self._failed.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

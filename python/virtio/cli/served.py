@@ -1,0 +1,74 @@
+"""What `virtio serve` serves, as its command line is carried out: sockets, with their devices and what is at the far ends."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from virtio.cli.output import CommandError
+from virtio.cli.serve_views import View
+from virtio.spec import Feature
+
+if TYPE_CHECKING:
+    from virtio import Device
+    from virtio.cli.serving import End
+    from virtio.cli.switch import Patch
+    from virtio.vhost_user.backend import Backend
+
+
+class Place(NamedTuple):
+    """Where front-ends are."""
+
+    socket_path: str | None
+    fd: int | None
+    client: bool
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        return f"descriptor {self.fd}" if self.socket_path is None else self.socket_path
+
+
+class Served:
+    """What is to be served, and what becomes of it: `add` sockets, then `run`."""
+
+    def __init__(self, stack: ExitStack, shown: View) -> None:
+        from virtio.cli.serving import Serving
+
+        self.stack, self._view = stack, shown
+        self._sockets: list[Serving] = []
+        self.patches: list[Patch] = []
+        self.ends: list[End] = []
+
+    def report(self, error: Exception) -> None:
+        """A front-end's mistake, or a driver's."""
+        self._view.emit("error", text=str(error) or type(error).__name__)
+
+    def add(self, where: Place, device: "Device | Callable[[], Device]", counted: Any, what: str, withheld: Any = ()) -> "Backend":
+        """CommandError, TransportError: the socket cannot be had."""
+        from virtio.cli.serving import Serving
+        from virtio.features import Features
+        from virtio.vhost_user.backend import Backend
+
+        if where.client and where.socket_path is not None and os.path.exists(where.socket_path) and not _is_socket(where.socket_path):
+            raise CommandError(f"cannot connect to {where.socket_path}: it is not a socket")
+        target: str | int = where.fd if where.socket_path is None else where.socket_path  # type: ignore[assignment]
+        kept = Features(withheld) | (set() if where.packed else {Feature.RING_PACKED})
+        backend = Backend(target, device, where.client, report=self.report, withheld=kept)
+        self.stack.enter_context(backend)
+        self._sockets.append(Serving(where.name, backend, counted))
+        self._view.emit("serving", socket=where.name, what=what)
+        return backend
+
+    def run(self) -> None:
+        """Until a signal, or until no front-end can come any more."""
+        from virtio.cli.serving import Server, stopping
+
+        with stopping() as asked, self._view.showing():
+            Server(self._sockets, self._view.emit, patches=self.patches, ends=self.ends).run(asked)
+
+
+def _is_socket(path: str) -> bool:
+    return Path(path).is_socket()

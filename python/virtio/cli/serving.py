@@ -1,0 +1,130 @@
+"""The loop of `virtio serve`: back-ends, signals, a count now and then. It sleeps when nothing happens."""
+
+import select
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from types import FrameType
+from typing import Any, Final, NamedTuple, Protocol
+
+from virtio import EventFd
+from virtio.cli.counters import Counted
+from virtio.cli.signals import SIGNALS
+from virtio.cli.switch import Patch
+from virtio.vhost_user.backend import Backend
+
+INTERVAL: Final = 1.0
+"""Seconds between counts."""
+LOOK: Final = 0.005
+"""Seconds after which frames that wait for room are tried again."""
+
+Emit = Callable[..., None]
+"""Called with a kind of event, and its values by name: what JSON can say."""
+
+
+class Serving(NamedTuple):
+    """One socket, and what is counted at it."""
+
+    name: str
+    backend: Backend
+    counted: Counted
+
+
+class End(Protocol):
+    """What may end beside the sockets."""
+
+    def fileno(self) -> int:
+        """Readable when it has."""
+
+    def check(self) -> None:
+        """Raises what ended it."""
+
+
+@contextmanager
+def stopping() -> Iterator[EventFd]:
+    """What the first signal that asks for an end signals. The second one is for whoever had signals before."""
+    asked = EventFd()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        restore()
+        asked.signal()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield asked
+    finally:
+        restore()
+        asked.close()
+
+
+class Server:
+    """Serves until a signal, or until no front-end can come any more."""
+
+    def __init__(self, sockets: Sequence[Serving], emit: Emit, *, patches: Sequence[Patch] = (), ends: Sequence[End] = ()) -> None:
+        self._sockets, self._emit = sockets, emit
+        self._patches, self._ends = patches, ends
+        self._connections = [0] * len(sockets)
+        self._accepted = [0] * len(sockets)
+        self._told: list[dict[str, Any]] = []
+        self._began = monotonic()
+
+    def run(self, asked: EventFd) -> None:
+        """Whatever ended one of the ends is raised."""
+        watch = select.poll()
+        descriptors = [asked.fileno(), *(socket.backend.fileno() for socket in self._sockets), *(end.fileno() for end in self._ends)]
+        for descriptor in descriptors:
+            watch.register(descriptor, select.POLLIN)
+        self._told = self._count()
+        following = self._began + INTERVAL
+        try:
+            while not asked.wait(0) and not all(socket.backend.ended for socket in self._sockets):
+                watch.poll(self._timeout(following))
+                self._turn()
+                for end in self._ends:
+                    end.check()
+                if monotonic() >= following:
+                    following = monotonic() + INTERVAL
+                    self._tell()
+        finally:
+            self._emit("end", seconds=round(monotonic() - self._began, 3), devices=self._count())
+
+    def _timeout(self, following: float) -> float | None:
+        """Milliseconds."""
+        waits = [wait for socket in self._sockets if (wait := socket.backend.wait_time) is not None]
+        if any(patch.holds for patch in self._patches):
+            waits.append(LOOK)
+        if any(self._connections) or self._count() != self._told:
+            waits.append(max(0.0, following - monotonic()))
+        return min(waits) * 1000 if waits else None
+
+    def _turn(self) -> None:
+        for index, (name, backend, counted) in enumerate(self._sockets):
+            backend.process(0.0)
+            counted.look()
+            came, now = backend.accepted - self._accepted[index], backend.connections
+            left = self._connections[index] + came - now
+            self._accepted[index], self._connections[index] = backend.accepted, now
+            for kind, count in (("connected", came), ("disconnected", left)):
+                for _ in range(count):
+                    self._emit(kind, socket=name, connections=now)
+        for patch in self._patches:
+            if patch.holds:
+                patch.look()
+
+    def _count(self) -> list[dict[str, Any]]:
+        return [{"socket": name, "live": counted.live, **counted.count()} for name, _, counted in self._sockets]
+
+    def _tell(self) -> None:
+        counts = self._count()
+        if counts != self._told:
+            self._told = counts
+            self._emit("counters", seconds=round(monotonic() - self._began, 3), devices=counts)

@@ -1,0 +1,81 @@
+"""`virtio serve` beside a test, and front-ends of it: by hand, over its sockets."""
+
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.cli.run import LIMIT, command, environment, started
+from tests.vhost_user.frontend import Frontend
+
+WAIT = 60.0
+
+
+class Remote(Frontend):
+    """A front-end whose back-end is another process."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        super().__init__(connected, None)  # type: ignore[arg-type]  # nothing to move on: it moves by itself
+        connected.settimeout(WAIT)
+
+    @classmethod
+    def to(cls, path: Path) -> "Remote":
+        """Connects to who listens."""
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(str(path))
+        return cls(connected)
+
+    def turn(self) -> None:
+        """The other process does that."""
+
+
+class Serving:
+    """The command at work: its events as they come."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.seen: list[dict[str, Any]] = []
+
+    def event(self) -> dict[str, Any]:
+        """The next one."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.communicate(timeout=LIMIT)
+        found: dict[str, Any] = json.loads(line)
+        self.seen.append(found)
+        return found
+
+    def until(self, kind: str, **values: Any) -> dict[str, Any]:
+        """The next event of a kind, whose first device counted at least so much."""
+        while True:
+            found = self.event()
+            if found["event"] == kind and all(found["devices"][0][name] >= value for name, value in values.items()):
+                return found
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> list[dict[str, Any]]:
+        """Asks it to end, which it does cleanly; what it told since."""
+        self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> list[dict[str, Any]]:
+        """It has ended cleanly; what it told since, the last event last."""
+        out, said = self.process.communicate(timeout=LIMIT)
+        assert (self.process.returncode, said) == (0, "")
+        events = [json.loads(line) for line in out.splitlines()]
+        assert events and events[-1]["event"] == "end"
+        return events
+
+
+@contextmanager
+def serving(*words: str, sockets: int = 1, before: tuple[str, ...] = (), **options: Any) -> Iterator[Serving]:
+    """`virtio serve` with these words, once it serves so many sockets."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started([*before, *command("serve", *words)], **pipes, text=True, env=environment(), **options) as process:
+        made = Serving(process)
+        for _ in range(sockets):
+            assert made.event()["event"] == "serving"
+        yield made
