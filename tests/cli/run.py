@@ -85,11 +85,14 @@ def nothing_left(folder: Path) -> Iterator[dict[str, str]]:
     interfaces, namespaces = _interfaces(), _kept_namespaces()
     yield {MARK: mark, "TMPDIR": str(temporary)}
     deadline = monotonic() + 20
-    while (left := marked(mark)) and monotonic() < deadline:  # the kernel ends them, in a while
+
+    def left() -> list[str]:
+        return [*marked(mark), *((_interfaces() - interfaces) & {"vn0", "peer0"})]
+
+    while left() and monotonic() < deadline:  # the kernel ends them, in a while
         sleep(0.02)
-    assert not left
+    assert not left()
     assert not list(temporary.iterdir())
-    assert not [name for name in _interfaces() - interfaces if name in ("vn0", "peer0")]
     assert _kept_namespaces() == namespaces
 
 

@@ -20,6 +20,7 @@ use virtio_net_path::Rules;
 use virtio_net_path::header::MAX_FRAME;
 use virtio_net_path::pump::runner::{self, Beside, MAX_STATIONS, Station, Wake};
 use virtio_net_path::pump::{DeviceReceive, DeviceTransmit, DriverReceive, DriverTransmit, PumpCounters, Step};
+use virtqueue::{AnyDevice, AnyDriver};
 
 /// Linux' EBADFD: the TAP's device is gone.
 const EBADFD: i32 = 77;
@@ -101,6 +102,39 @@ impl Pump {
         })
     }
 
+    /// On a driver's queue. `what` is the longest thing that has to fit into slots, and its bytes.
+    fn driver(
+        py: Python<'_>,
+        queue: Py<DriverQueue>,
+        pool: &Bound<'_, BufferPool>,
+        tap: &Int,
+        interrupt: &Bound<'_, EventFd>,
+        what: (&str, usize),
+        make: impl FnOnce(&virtqueue::DriverQueue<AnyDriver>, Arc<virtio_memory::BufferPool>) -> Result<Kind, MemoryError>,
+    ) -> Result<Self, Error> {
+        let shared = pool.get().shared.join()?;
+        let slots = shared.pool.clone();
+        let made = queue.get().open(py, |open| {
+            open.bursts.bind_pool(&open.queue, &slots, 0)?;
+            Ok(make(&open.queue, slots.clone()))
+        })?;
+        let kind = made.map_err(|error| slots_error(error, what.0, what.1))?;
+        Pump::new(py, Queue::Driver(queue), Some(shared), kind, tap_of(tap)?, interrupt)
+    }
+
+    /// On a device's queue.
+    fn device(
+        py: Python<'_>,
+        queue: &Bound<'_, DeviceQueue>,
+        tap: &Int,
+        doorbell: &Bound<'_, EventFd>,
+        make: impl FnOnce(&virtqueue::DeviceQueue<AnyDevice>) -> Result<Kind, MemoryError>,
+    ) -> Result<Self, Error> {
+        let shared = queue.get().shared.clone();
+        let kind = shared.with(py, |open| Ok(make(&open.queue)?))?;
+        Pump::new(py, Queue::Device(shared), None, kind, tap_of(tap)?, doorbell)
+    }
+
     fn watch(&self, py: Python<'_>, wake: &Arc<Wake>) -> Result<(), Error> {
         match &self.queue {
             Queue::Driver(queue) => queue.get().watch(py, wake),
@@ -171,18 +205,13 @@ impl Pump {
         interrupt: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         let rules = Rules::driver(port::features(&features)?);
-        let shared = pool.get().shared.join()?;
-        let slots = shared.pool.clone();
         let longest = match rules.longest_outgoing() {
             MAX_FRAME => MAX_FRAME,
-            _ => slots.slot_size() - virtio_memory::HEADROOM,
+            _ => pool.get().shared.pool.slot_size() - virtio_memory::HEADROOM,
         };
-        let made = queue.get().open(py, |open| {
-            open.bursts.bind_pool(&open.queue, &slots, 0)?;
-            Ok(DriverTransmit::new(&open.queue, slots.clone(), rules, longest))
-        })?;
-        let kind = Kind::DriverTransmit(made.map_err(|error| slots_error(error, "a frame", longest))?);
-        Pump::new(py, Queue::Driver(queue), Some(shared), kind, tap_of(&tap)?, interrupt)
+        Pump::driver(py, queue, pool, &tap, interrupt, ("a frame", longest), |queue, slots| {
+            Ok(Kind::DriverTransmit(DriverTransmit::new(queue, slots, rules, longest)?))
+        })
     }
 
     /// From a driver's receive queue to the TAP; the buffers are given to the device again.
@@ -197,14 +226,9 @@ impl Pump {
         interrupt: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         let rules = Rules::driver(port::features(&features)?);
-        let shared = pool.get().shared.join()?;
-        let slots = shared.pool.clone();
-        let made = queue.get().open(py, |open| {
-            open.bursts.bind_pool(&open.queue, &slots, 0)?;
-            Ok(DriverReceive::new(&open.queue, slots.clone(), rules))
-        })?;
-        let kind = Kind::DriverReceive(made.map_err(|error| slots_error(error, "a receive buffer", rules.longest_incoming()))?);
-        Pump::new(py, Queue::Driver(queue), Some(shared), kind, tap_of(&tap)?, interrupt)
+        Pump::driver(py, queue, pool, &tap, interrupt, ("a receive buffer", rules.longest_incoming()), |queue, slots| {
+            Ok(Kind::DriverReceive(DriverReceive::new(queue, slots, rules)?))
+        })
     }
 
     /// From a driver's transmitted chains to the TAP.
@@ -218,9 +242,7 @@ impl Pump {
         doorbell: &Bound<'_, EventFd>,
     ) -> Result<Self, Error> {
         let rules = Rules::device(port::features(&features)?);
-        let shared = queue.get().shared.clone();
-        let kind = Kind::DeviceTransmit(shared.with(py, |open| Ok(DeviceTransmit::new(&open.queue, rules)?))?);
-        Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
+        Pump::device(py, queue, &tap, doorbell, |queue| Ok(Kind::DeviceTransmit(DeviceTransmit::new(queue, rules)?)))
     }
 
     /// From the TAP to the receive buffers of a driver.
@@ -236,9 +258,7 @@ impl Pump {
     ) -> Result<Self, Error> {
         let rules = Rules::device(port::features(&features)?);
         let longest = longest.within("longest frame", 1, MAX_FRAME as i128)?;
-        let shared = queue.get().shared.clone();
-        let kind = Kind::DeviceReceive(shared.with(py, |open| Ok(DeviceReceive::new(&open.queue, rules, longest)?))?);
-        Pump::new(py, Queue::Device(shared), None, kind, tap_of(&tap)?, doorbell)
+        Pump::device(py, queue, &tap, doorbell, |queue| Ok(Kind::DeviceReceive(DeviceReceive::new(queue, rules, longest)?)))
     }
 
     /// `frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and its runner's `sleeps`.
