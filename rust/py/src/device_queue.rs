@@ -4,22 +4,22 @@ use crate::args::{Int, Mask};
 use crate::batch::ChainBatch;
 use crate::burst::Burst;
 use crate::chain::Chain;
-use crate::errors::{self, Error, named};
+use crate::errors::{Error, named};
 use crate::eventfd::EventFd;
 use crate::guest::GuestMemory;
-use crate::lock::{Fair, lock_pool};
+use crate::lock::lock_pool;
+use crate::queue::{Core, Side};
 use crate::ring::{self, Ring};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use std::sync::{Arc, Mutex, MutexGuard};
-use virtio_memory::{BoundToProcess, Doorbell};
+use std::sync::{Arc, Mutex};
+use virtio_memory::Doorbell;
 use virtio_net_path::DeviceBursts;
-use virtio_net_path::pump::runner::Wake;
 use virtqueue::event::Cursor;
 use virtqueue::packed::{PackedDevice, PackedRing};
 use virtqueue::split::{SplitDevice, SplitRing};
-use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingState, check_chain_limit, spans};
+use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingError, RingState, check_chain_limit, spans};
 
 /// What is there until reset or close.
 pub struct Open {
@@ -50,119 +50,31 @@ impl Open {
     }
 }
 
-struct State {
-    open: Option<Open>,
-    /// As they were when it closed.
+/// What is told of a queue that closed.
+#[derive(Default)]
+pub struct Last {
     counters: DeviceCounters,
     base: u32,
-    broken: Option<Py<PyAny>>,
-    /// The runner of a pump on this queue, which is told when it closes or breaks.
-    wake: Option<Arc<Wake>>,
 }
 
-impl State {
-    fn tell(&self) {
-        if let Some(wake) = &self.wake {
-            wake.look();
-        }
+impl Side for Open {
+    type Last = Last;
+
+    #[inline]
+    fn broken(&self) -> Option<&RingError> {
+        self.queue.broken()
     }
 
     #[inline]
-    fn open(&mut self) -> Result<&mut Open, Error> {
-        self.open.as_mut().ok_or_else(|| Error::closed("queue"))
+    fn for_pump(&mut self) -> Result<&mut Self, Error> {
+        Ok(self)
     }
 }
 
 /// The queue itself, which its chains and batches share.
-pub struct Shared {
-    pub ring: Ring,
-    process: BoundToProcess,
-    state: Fair<State>,
-}
+pub type Shared = Core<Open>;
 
 impl Shared {
-    #[inline]
-    fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
-        self.process.check()?;
-        Ok(self.state.lock(py))
-    }
-
-    /// Runs `call` on the open queue. The first mistake of the driver becomes the exception that `broken` keeps.
-    #[inline]
-    pub fn with<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
-        let mut state = self.lock(py)?;
-        let result = state.open().and_then(call);
-        drop(state);
-        result.map_err(|error| self.keep(py, error))
-    }
-
-    #[cold]
-    fn keep(&self, py: Python<'_>, error: Error) -> Error {
-        let (error, kept) = errors::latch(py, self.ring.format, error);
-        if let Some(exception) = kept {
-            let mut state = self.state.lock(py);
-            let old = state.broken.replace(exception);
-            state.tell();
-            drop(state);
-            drop(old);
-        }
-        error
-    }
-
-    /// For a pump's runner, which `wake` wakes when the queue closes or breaks. There is one pump at a time.
-    pub fn watch(&self, py: Python<'_>, wake: &Arc<Wake>) -> Result<(), Error> {
-        let mut state = self.lock(py)?;
-        if state.wake.is_some() {
-            return Err(Error::Status(format!("queue {} has a pump that runs already", self.ring.index)));
-        }
-        state.wake = Some(wake.clone());
-        Ok(())
-    }
-
-    /// That runner has ended. Another's stays.
-    pub fn unwatch(&self, py: Python<'_>, wake: &Arc<Wake>) {
-        if let Ok(mut state) = self.lock(py) {
-            let old = state.wake.take_if(|known| Arc::ptr_eq(known, wake));
-            drop(state);
-            drop(old);
-        }
-    }
-
-    /// Something small on the queue, if it is open, without the GIL.
-    pub fn try_pump(&self, call: impl FnOnce(&mut Open)) {
-        if let (Ok(()), Ok(open)) = (self.process.check(), self.state.lock_in_turn().open()) {
-            call(open);
-        }
-    }
-
-    /// As [`Shared::with`], without the GIL, and with the error of a queue that is broken already.
-    pub fn with_pump<T>(&self, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
-        self.process.check()?;
-        let mut state = self.state.lock_in_turn();
-        let result = state.open().and_then(|open| {
-            if let Some(error) = open.queue.broken() {
-                return Err(error.clone().into());
-            }
-            let result = call(open);
-            match open.queue.broken() {
-                Some(error) => Err(error.clone().into()),
-                None => result,
-            }
-        });
-        drop(state);
-        result.map_err(|error| Python::attach(|py| self.known(py, error)))
-    }
-
-    /// The exception that `broken` keeps, which is made now if nobody has met this error before.
-    #[cold]
-    fn known(&self, py: Python<'_>, error: Error) -> Error {
-        let known = self.state.lock(py).broken.as_ref().map(|exception| exception.clone_ref(py));
-        match (error, known) {
-            (Error::Ring(error), Some(exception)) if error.breaks() => Error::Python(PyErr::from_value(exception.into_bound(py))),
-            (error, _) => self.keep(py, error),
-        }
-    }
-
     /// Whether a chain is in flight no more: it was completed, or the queue is closed.
     pub fn is_done(&self, py: Python<'_>, name: &Completion) -> Result<bool, Error> {
         Ok(self.lock(py)?.open.as_ref().is_none_or(|open| open.queue.check(name).is_err()))
@@ -172,8 +84,7 @@ impl Shared {
         let mut state = self.lock(py)?;
         let open = state.open.take();
         if let Some(open) = &open {
-            state.counters = open.queue.counters();
-            state.base = base_of(self.ring.format, open.queue.state());
+            state.last = Last { counters: open.queue.counters(), base: base_of(self.ring.format, open.queue.state()) };
             state.tell();
         }
         drop(state);
@@ -211,7 +122,7 @@ impl DeviceQueue {
 
     /// For `hold`.
     pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
-        &self.shared.state.mutex
+        self.shared.mutex()
     }
 }
 
@@ -253,9 +164,8 @@ impl DeviceQueue {
         };
         let queue = virtqueue::DeviceQueue::new(any, view);
         let bursts = DeviceBursts::new(&queue);
-        let open = Some(Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None });
-        let state = Fair::new(State { open, counters: DeviceCounters::default(), base: 0, broken: None, wake: None });
-        Ok(DeviceQueue { shared: Arc::new(Shared { ring, process: BoundToProcess::new(), state }) })
+        let open = Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None };
+        Ok(DeviceQueue { shared: Arc::new(Shared::new(ring, open)) })
     }
 
     /// How many entries there are.
@@ -291,14 +201,14 @@ impl DeviceQueue {
     /// The driver's first mistake, once a call raised it.
     #[getter]
     fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
-        Ok(self.shared.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
+        self.shared.broken(py)
     }
 
     /// Where to resume: the next available index; packed: offset and wrap counter of it in bits 0 to 15, of the used side above.
     #[getter]
     fn base(&self, py: Python<'_>) -> Result<u32, Error> {
         let state = self.shared.lock(py)?;
-        Ok(state.open.as_ref().map_or(state.base, |open| base_of(self.shared.ring.format, open.queue.state())))
+        Ok(state.open.as_ref().map_or(state.last.base, |open| base_of(self.shared.ring.format, open.queue.state())))
     }
 
     /// What `publish` and burst calls signal when the driver wants to know; None for nothing.
@@ -462,7 +372,7 @@ impl DeviceQueue {
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let state = self.shared.lock(py)?;
-        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        let counters = state.open.as_ref().map_or(state.last.counters, |open| open.queue.counters());
         drop(state);
         let DeviceCounters { popped, used, notified, suppressed, dropped } = counters;
         let all = [("popped", popped), ("used", used), ("notified", notified), ("suppressed", suppressed), ("dropped", dropped)];
@@ -473,7 +383,7 @@ impl DeviceQueue {
     #[getter]
     fn progress(&self, py: Python<'_>) -> Result<(u64, u64), Error> {
         let state = self.shared.lock(py)?;
-        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        let counters = state.open.as_ref().map_or(state.last.counters, |open| open.queue.counters());
         Ok((counters.popped, counters.used))
     }
 
@@ -485,7 +395,7 @@ impl DeviceQueue {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Chains and batches may share the queue, and what it keeps would then be visited for one of its owners only.
         if Arc::strong_count(&self.shared) == 1
-            && let Ok(state) = self.shared.state.mutex.try_lock()
+            && let Ok(state) = self.shared.mutex().try_lock()
         {
             visit.call(&state.broken)?;
         }
@@ -493,7 +403,7 @@ impl DeviceQueue {
     }
 
     fn __clear__(&self) {
-        let Ok(mut state) = self.shared.state.mutex.try_lock() else { return };
+        let Ok(mut state) = self.shared.mutex().try_lock() else { return };
         let garbage = state.broken.take();
         drop(state);
         drop(garbage);

@@ -3,19 +3,20 @@
 use crate::args::{Int, Mask};
 use crate::burst::Burst;
 use crate::device_queue::base_of;
-use crate::errors::{self, Error, named};
+use crate::errors::{Error, named};
 use crate::eventfd::EventFd;
-use crate::lock::{Fair, lock_pool};
+use crate::lock::lock_pool;
 use crate::memory::{Allocation, Memory};
+use crate::queue::{Core, Side, State};
 use crate::ring::{self, Ring};
 use crate::tokens::Tokens;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use std::sync::{Arc, Mutex, MutexGuard};
-use virtio_memory::{BoundToProcess, Doorbell, Region, RegionTable};
+use std::ops::Deref;
+use std::sync::Arc;
+use virtio_memory::{Doorbell, Region, RegionTable};
 use virtio_net_path::DriverBursts;
-use virtio_net_path::pump::runner::Wake;
 use virtqueue::packed::{PackedDriver, PackedRing};
 use virtqueue::split::{SplitDriver, SplitRing};
 use virtqueue::{
@@ -81,31 +82,25 @@ impl Open {
     }
 }
 
-struct State {
-    open: Option<Open>,
-    /// As it was when it closed.
-    counters: DriverCounters,
-    broken: Option<Py<PyAny>>,
-    /// The runner of a pump on this queue, which is told when it closes or breaks.
-    wake: Option<Arc<Wake>>,
-}
-
-impl State {
-    fn tell(&self) {
-        if let Some(wake) = &self.wake {
-            wake.look();
-        }
-    }
+impl Side for Open {
+    type Last = DriverCounters;
 
     #[inline]
-    fn open(&mut self) -> Result<&mut Open, Error> {
-        self.open.as_mut().ok_or_else(|| Error::closed("queue"))
+    fn broken(&self) -> Option<&RingError> {
+        self.queue.broken()
     }
 
+    fn for_pump(&mut self) -> Result<&mut Self, Error> {
+        self.queue.check_memory()?;
+        self.for_bursts()
+    }
+}
+
+impl State<Open> {
     /// Closes; what has to be dropped, and the tokens that were outstanding. The lock is to be released first.
     fn close(&mut self) -> Option<(Open, Vec<u64>)> {
         let mut open = self.open.take()?;
-        self.counters = open.queue.counters();
+        self.last = open.queue.counters();
         let outstanding = open.queue.reset();
         self.tell();
         Some((open, outstanding))
@@ -115,28 +110,20 @@ impl State {
 /// The driver's side of one virtqueue (2.7, 2.8): adds buffers, publishes them, takes back used ones.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DriverQueue {
-    pub ring: Ring,
-    process: BoundToProcess,
-    state: Fair<State>,
+    core: Core<Open>,
+}
+
+impl Deref for DriverQueue {
+    type Target = Core<Open>;
+
+    #[inline]
+    fn deref(&self) -> &Core<Open> {
+        &self.core
+    }
 }
 
 impl DriverQueue {
-    #[inline]
-    fn lock<'a>(&'a self, py: Python<'_>) -> Result<MutexGuard<'a, State>, Error> {
-        self.process.check()?;
-        Ok(self.state.lock(py))
-    }
-
-    /// Runs `call` on the open queue. The first mistake of the device becomes the exception that `broken` keeps.
-    #[inline]
-    fn with<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
-        let mut state = self.lock(py)?;
-        let result = state.open().and_then(call);
-        drop(state);
-        result.map_err(|error| self.keep(py, error))
-    }
-
-    /// As [`DriverQueue::with`], for calls that look at the rings: a memory that was lost, before the call or in it, breaks the queue, and
+    /// As [`Core::with`], for calls that look at the rings: a memory that was lost, before the call or in it, breaks the queue, and
     /// what the call found there is not told.
     #[inline]
     pub fn with_memory<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
@@ -151,79 +138,9 @@ impl DriverQueue {
         })
     }
 
-    #[cold]
-    fn keep(&self, py: Python<'_>, error: Error) -> Error {
-        let (error, kept) = errors::latch(py, self.ring.format, error);
-        if let Some(exception) = kept {
-            let mut state = self.state.lock(py);
-            let old = state.broken.replace(exception);
-            state.tell();
-            drop(state);
-            drop(old);
-        }
-        error
-    }
-
-    /// For a pump's runner, which `wake` wakes when the queue closes or breaks. There is one pump at a time.
-    pub fn watch(&self, py: Python<'_>, wake: &Arc<Wake>) -> Result<(), Error> {
-        let mut state = self.lock(py)?;
-        if state.wake.is_some() {
-            return Err(Error::Status(format!("queue {} has a pump that runs already", self.ring.index)));
-        }
-        state.wake = Some(wake.clone());
-        Ok(())
-    }
-
-    /// That runner has ended. Another's stays.
-    pub fn unwatch(&self, py: Python<'_>, wake: &Arc<Wake>) {
-        if let Ok(mut state) = self.lock(py) {
-            let old = state.wake.take_if(|known| Arc::ptr_eq(known, wake));
-            drop(state);
-            drop(old);
-        }
-    }
-
     /// As [`DriverQueue::with_memory`], for bursts.
     pub fn open<T>(&self, py: Python<'_>, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
         self.with_memory(py, |open| call(open.for_bursts()?))
-    }
-
-    /// Something small on the queue, if it is open, without the GIL.
-    pub fn try_pump(&self, call: impl FnOnce(&mut Open)) {
-        if let (Ok(()), Ok(open)) = (self.process.check(), self.state.lock_in_turn().open()) {
-            call(open);
-        }
-    }
-
-    /// As [`DriverQueue::with_memory`], without the GIL, and with the error of a queue that is broken already.
-    pub fn with_pump<T>(&self, call: impl FnOnce(&mut Open) -> Result<T, Error>) -> Result<T, Error> {
-        self.process.check()?;
-        let mut state = self.state.lock_in_turn();
-        let result = state.open().and_then(|open| {
-            if let Some(error) = open.queue.broken() {
-                return Err(error.clone().into());
-            }
-            open.queue.check_memory()?;
-            let result = call(open.for_bursts()?);
-            match open.queue.broken() {
-                Some(error) => Err(error.clone().into()),
-                None => result,
-            }
-        });
-        drop(state);
-        result.map_err(|error| Python::attach(|py| self.known(py, error)))
-    }
-
-    /// The exception that `broken` keeps, which is made now if nobody has met this error before.
-    #[cold]
-    fn known(&self, py: Python<'_>, error: Error) -> Error {
-        let known = self.state.lock(py).broken.as_ref().map(|exception| exception.clone_ref(py));
-        match (error, known) {
-            (Error::Ring(error), Some(exception)) if error.breaks() || error == RingError::Broken => {
-                Error::Python(PyErr::from_value(exception.into_bound(py)))
-            }
-            (error, _) => self.keep(py, error),
-        }
     }
 
     #[inline]
@@ -335,8 +252,7 @@ impl DriverQueue {
             used: vec![Used::default(); ring.size.into()].into(),
             _places: places,
         };
-        let state = State { open: Some(open), counters: DriverCounters::default(), broken: None, wake: None };
-        Ok(DriverQueue { ring, process: BoundToProcess::new(), state: Fair::new(state) })
+        Ok(DriverQueue { core: Core::new(ring, open) })
     }
 
     /// How many entries there are.
@@ -378,7 +294,7 @@ impl DriverQueue {
     /// The device's first mistake, or that the memory was lost (its file was truncated), once a call raised it.
     #[getter]
     fn broken(&self, py: Python<'_>) -> Result<Option<Py<PyAny>>, Error> {
-        Ok(self.lock(py)?.broken.as_ref().map(|exception| exception.clone_ref(py)))
+        self.core.broken(py)
     }
 
     /// What an available-buffer notification carries now: the index, with NOTIFICATION_DATA also the next position (2.9).
@@ -507,7 +423,7 @@ impl DriverQueue {
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Error> {
         let state = self.lock(py)?;
-        let counters = state.open.as_ref().map_or(state.counters, |open| open.queue.counters());
+        let counters = state.open.as_ref().map_or(state.last, |open| open.queue.counters());
         drop(state);
         let DriverCounters { added, used, notified, suppressed, clamped } = counters;
         let all = [("added", added), ("used", used), ("notified", notified), ("suppressed", suppressed), ("clamped", clamped)];
@@ -522,7 +438,7 @@ impl DriverQueue {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Locked means in use, and so no garbage.
-        if let Ok(state) = self.state.mutex.try_lock() {
+        if let Ok(state) = self.mutex().try_lock() {
             visit.call(&state.broken)?;
             if let Some(open) = &state.open {
                 open.tokens.all().try_for_each(|token| visit.call(token))?;
@@ -532,16 +448,9 @@ impl DriverQueue {
     }
 
     fn __clear__(&self) {
-        let Ok(mut state) = self.state.mutex.try_lock() else { return };
+        let Ok(mut state) = self.mutex().try_lock() else { return };
         let garbage = (state.broken.take(), state.open.as_mut().map(|open| open.tokens.clear()));
         drop(state);
         drop(garbage);
-    }
-}
-
-impl DriverQueue {
-    /// For `hold`.
-    pub fn mutex(&self) -> &Mutex<impl Send + use<>> {
-        &self.state.mutex
     }
 }

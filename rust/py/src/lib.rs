@@ -23,6 +23,7 @@ mod port_device;
 mod port_driver;
 mod port_group;
 mod pump;
+mod queue;
 mod ring;
 mod tokens;
 
