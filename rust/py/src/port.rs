@@ -112,9 +112,14 @@ pub fn drops<'py>(py: Python<'py>, traffic: &Traffic) -> PyResult<Bound<'py, PyD
     Ok(drops)
 }
 
-/// Counters by name, `sent` or `received` before them.
-pub fn count(to: &Bound<'_, PyDict>, way: &str, traffic: &Traffic) -> PyResult<()> {
-    to.set_item(format!("{way}_frames"), traffic.frames)?;
-    to.set_item(format!("{way}_bytes"), traffic.bytes)?;
-    to.set_item(format!("{way}_drops"), drops(to.py(), traffic)?)
+/// Counters of both ways by name, `sent` or `received` before them.
+pub fn counters<'py>(py: Python<'py>, sent: &Mutex<Traffic>, received: &Mutex<Received>) -> PyResult<Bound<'py, PyDict>> {
+    let (sent, received) = (*lock(py, sent), lock(py, received).traffic);
+    let all = PyDict::new(py);
+    for (way, traffic) in [("sent", &sent), ("received", &received)] {
+        all.set_item(format!("{way}_frames"), traffic.frames)?;
+        all.set_item(format!("{way}_bytes"), traffic.bytes)?;
+        all.set_item(format!("{way}_drops"), drops(py, traffic)?)?;
+    }
+    Ok(all)
 }

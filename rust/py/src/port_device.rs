@@ -159,11 +159,7 @@ impl DevicePort {
     /// As of `DriverPort`.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);
-        let all = PyDict::new(py);
-        port::count(&all, "sent", &sent)?;
-        port::count(&all, "received", &received)?;
-        Ok(all)
+        port::counters(py, &self.sent, &self.received)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

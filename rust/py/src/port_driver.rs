@@ -223,11 +223,7 @@ impl DriverPort {
     /// `sent_frames`, `sent_bytes`, `sent_drops` (by reason: short, long, checksum, gso, num_buffers, missing, offload); so received.
     #[getter]
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (sent, received) = (*lock(py, &self.sent), lock(py, &self.received).traffic);
-        let all = PyDict::new(py);
-        port::count(&all, "sent", &sent)?;
-        port::count(&all, "received", &received)?;
-        Ok(all)
+        port::counters(py, &self.sent, &self.received)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
