@@ -13,10 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 FUZZ_SECONDS ?= 600
 CHECK := setup format clippy rust develop lint types stubs python
-TEST := $(CHECK) qemu-tools peers uml-tools uml guest-tools guest loom tsan fuzz-minute slow
+TEST := $(CHECK) qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk loom tsan fuzz-minute slow
 
 .PHONY: help check test fix demo wheel bench fuzz clean \
-        setup format clippy rust develop lint types stubs python qemu-tools peers uml-tools uml guest-tools guest loom tsan fuzz-tool fuzz-minute slow
+        setup format clippy rust develop lint types stubs python qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk loom tsan fuzz-tool fuzz-minute slow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,7 +88,7 @@ stubs:
 	python -m mypy.stubtest virtio._core
 
 python:
-	pytest -m "not slow and not qemu and not uml and not guest"
+	pytest -m "not slow and not qemu and not uml and not guest and not dpdk"
 
 qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
 	@scripts/qemu.sh
@@ -107,6 +107,12 @@ guest-tools: ## a Linux kernel and busybox for QEMU's guest, where missing
 
 guest: ## the tests in which a Linux guest in QEMU uses our devices
 	pytest -m guest
+
+dpdk-tools: ## DPDK's testpmd, where missing
+	@scripts/dpdk.sh
+
+dpdk: ## the tests in which DPDK's driver uses our device
+	pytest -m dpdk
 
 fuzz-tool:
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked --root .venv cargo-fuzz
