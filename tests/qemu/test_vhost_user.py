@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.net.flows import udp
 from tests.netdev.wires import Wire, frame, number_of
 from tests.qemu.conftest import Machines, only
-from virtio import Burst, Feature, NetDevice, NetDriver
+from virtio import Burst, Feature, NetDevice, NetDriver, NetFeature
 from virtio.features import Features
 from virtio.netdev import Namespace, Netdev
 from virtio.pci.qtest import QemuMachine
@@ -109,6 +110,46 @@ def test_frames_go_through_qemu_into_our_device_and_back(
 def test_frames_go_through_while_polling(guest: Callable[[], QemuMachine], tmp_path: Path) -> None:
     with serving(str(tmp_path / "net"), device_with(SPLIT), poll=True), guest() as machine:
         drive(machine, 100)
+
+
+@pytest.mark.parametrize("poll", [False, True], ids=["asleep", "polling"])
+def test_two_queue_pairs(machines: Machines, binary: str, tmp_path: Path, ring_features: Features, poll: bool) -> None:
+    """QEMU keeps the control queue: what a driver asks for there comes as rings that are enabled and disabled."""
+    offered = NetDevice.features | {NetFeature.MQ, NetFeature.CTRL_VQ, Feature.EVENT_IDX, Feature.INDIRECT_DESC, *ring_features}
+    device = Echo(queue_pairs=2, offered=offered - {NetFeature.MTU, NetFeature.SPEED_DUPLEX})
+    options = ["-chardev", f"socket,id=vu,path={tmp_path / 'net'}"]
+    netdevs = ["vhost-user,id=n0,chardev=vu,queues=2"]
+    vectors = ",vectors=6" if binary == shutil.which("qemu-system-x86_64") else ",vectors=0"
+    with serving(str(tmp_path / "net"), device, poll=poll):
+        model = f"virtio-net-pci,netdev=n0,packed=on,mq=on{vectors}"
+        with (
+            machines(model, netdevs=netdevs, options=options) as machine,
+            only(machine) as transport,
+            NetDriver(transport, queue_pairs=2) as driver,
+        ):
+            for _ in range(2):
+                assert driver.queue_pairs == driver.active_pairs == 2
+                assert NetFeature.MQ in device.accepted and NetFeature.CTRL_VQ not in device.accepted
+                for pairs in (2, 1, 2):
+                    driver.use_pairs(pairs)
+                    before = [device.pair(number).statistics.get("sent_frames", 0) for number in range(2)]
+                    echoes(driver, [udp(flow) for flow in range(200)])
+                    after = [device.pair(number).statistics["sent_frames"] for number in range(2)]
+                    assert after[0] > before[0] and (after[1] > before[1]) == (pairs == 2)
+                driver.restart()
+
+
+def echoes(driver: NetDriver, frames: list[bytes]) -> None:
+    """Each comes back once, those of one flow in their order; on its own pair."""
+    sent, received = 0, list[bytes]()
+    while len(received) < len(frames):
+        sent += driver.send_frames(frames[sent : sent + 32])
+        assert driver.wait(60.0)
+        received += driver.receive_frames()
+    assert sorted(received) == sorted(frames)
+    for number in range(2):
+        seen = driver.pair(number).statistics
+        assert seen["sent_frames"] == seen["received_frames"]
 
 
 def test_one_machine_after_the_other(guest: Callable[[], QemuMachine], tmp_path: Path) -> None:

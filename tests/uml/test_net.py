@@ -10,6 +10,7 @@ import pytest
 
 from tests.uml.linux import Linux
 from virtio import Feature, NetDevice
+from virtio.devices.net import MULTIQUEUE
 from virtio.features import Features
 from virtio.vhost_user.backend import Backend
 
@@ -39,6 +40,14 @@ for time in 1 2; do
 done
 """
 )
+
+PAIRS = """
+ethtool -l $IF | grep Combined
+ethtool -L $IF combined 2 && echo two pairs
+ping -c 5 -i 0.2 -W 5 192.168.90.2
+ethtool -L $IF combined 1 && echo one pair
+ping -c 2 -i 0.2 -W 5 192.168.90.2
+"""
 
 
 @pytest.fixture
@@ -114,3 +123,23 @@ def test_two_cards_on_one_back_end(path: str, answer: type[NetDevice], errors: l
     with Backend(path, answer, report=errors.append) as backend, Linux(both, {path: NET, f"{path[:-3]}./net": NET}) as linux:
         run(backend, linux)
         assert linux.output.count("5 received") == 2, linux.output
+
+
+def test_linux_sets_its_queue_pairs_by_the_control_queue(
+    path: str, answer: type[NetDevice], errors: list[Exception], ring_features: Features
+) -> None:
+    """It has one CPU, so it takes one pair until it is told otherwise."""
+    offered = NetDevice.features | MULTIQUEUE | {Feature.EVENT_IDX, Feature.INDIRECT_DESC, *ring_features}
+    device = answer(mac=MAC, queue_pairs=2, offered=offered)
+    seen: list[int] = []
+
+    def look() -> bool:
+        if device.pair(1).statistics and (not seen or seen[-1] != device.active_pairs):
+            seen.append(device.active_pairs)
+        return False
+
+    with Backend(path, device, report=errors.append) as backend, Linux(PING + PAIRS, {path: NET}) as linux:
+        run(backend, linux, look)
+        assert seen == [1, 2, 1], linux.output
+        assert linux.output.count("5 received") == 2 and "2 received" in linux.output, linux.output
+        assert "two pairs" in linux.output and "one pair" in linux.output, linux.output

@@ -83,6 +83,24 @@ def test_device_23_overlapping_regions_are_refused() -> None:
     assert "overlap" in peer.refused(F.SET_MEM_TABLE, wire.Regions([MEMORY, MEMORY]), (5, 6))
 
 
+def test_a_region_may_be_added_once_more_and_goes_when_it_was_removed_as_often() -> None:
+    """QEMU 7.2 adds each for every queue pair."""
+    peer = Peer()
+    region = wire.SingleRegion(GUEST, MEMORY.size, USER, 0)
+    assert peer.send(F.ADD_MEM_REG, region, (5,)) == (fx.AddRegion(MEMORY, 5),)
+    for number in range(2):
+        assert peer.send(F.ADD_MEM_REG, region, (6 + number,)) == (fx.CloseDescriptors((6 + number,)),) and peer.acknowledged == 0
+    assert "overlap" in peer.refused(F.ADD_MEM_REG, wire.SingleRegion(GUEST, MEMORY.size, USER, 4096), (9,))
+    for _ in range(2):
+        assert peer.send(F.REM_MEM_REG, region) == () and peer.acknowledged == 0 and peer.session.regions == (MEMORY,)
+    assert peer.send(F.REM_MEM_REG, region) == (fx.RemoveRegion(MEMORY),) and peer.session.regions == ()
+    assert "no region" in peer.refused(F.REM_MEM_REG, region)
+    peer.send(F.ADD_MEM_REG, region, (5,))
+    peer.send(F.ADD_MEM_REG, region, (6,))
+    peer.send(F.SET_MEM_TABLE, wire.Regions([MEMORY]), (7,))
+    assert peer.send(F.REM_MEM_REG, region) == (fx.RemoveRegion(MEMORY),)
+
+
 def test_device_23_the_number_of_regions_is_bounded() -> None:
     peer = Peer()
     body = wire.Opaque((9).to_bytes(8, "little") + bytes(32 * 9))

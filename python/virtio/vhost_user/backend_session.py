@@ -115,6 +115,8 @@ class BackendSession:
         self.offered = Features.from_mask(int(features) & (1 << 64) - 1) - [Feature.ACCESS_PLATFORM] | own
         self.rings = [Ring() for _ in range(queues)]
         self.regions: tuple[Region, ...] = ()
+        self._again: dict[Region, int] = {}
+        """How often a region was added once more: QEMU 7.2 adds and removes each for every queue pair."""
         self.accepted: Features | None = None
         self.protocol = Features()
         self.log: wire.Log | None = None
@@ -338,9 +340,13 @@ class BackendSession:
             for number, (region, descriptor) in enumerate(zip(regions, used, strict=True)):
                 check_region(region, self._file_size(descriptor), regions[:number])
             self.regions = regions
+            self._again.clear()
             return (fx.MapMemory(regions, used), *self._placed())
         assert isinstance(payload, wire.SingleRegion)
         region = payload.region
+        if request == _F.ADD_MEM_REG and region in self.regions:
+            self._again[region] = self._again.get(region, 0) + 1
+            return ()
         if request == _F.ADD_MEM_REG:
             if len(self.regions) >= self._max_slots or not descriptors:
                 raise MalformedMessage(f"region {len(self.regions) + 1} of {self._max_slots}, {len(descriptors)} descriptors", request.name)
@@ -350,6 +356,10 @@ class BackendSession:
         same = [each for each in self.regions if (each.guest, each.user, each.size) == (region.guest, region.user, region.size)]
         if not same:
             raise MalformedMessage(f"no region of {region.size} bytes at guest {region.guest:#x}, user {region.user:#x}", request.name)
+        if again := self._again.pop(same[0], 0):
+            if again > 1:
+                self._again[same[0]] = again - 1
+            return ()
         self.regions = tuple(each for each in self.regions if each is not same[0])
         return (fx.RemoveRegion(same[0]), *self._placed())
 
