@@ -1,6 +1,6 @@
 """The other side of a guest's cable: our device on a back-end, its frames on a TAP in a namespace, and iperf3 that listens there.
 
-`python far.py PATH` does that in a process of its own, in the caller's network namespace, and can be killed.
+`python far.py PATH FEATURES` does that in a process of its own, in the caller's network namespace, and can be killed.
 """
 
 import subprocess
@@ -11,7 +11,8 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-from virtio import Feature, NetDevice
+from virtio import Feature, NetDevice, NetFeature
+from virtio.devices.net import CHECKSUMS, GUEST_OFFLOADS, HOST_OFFLOADS
 from virtio.features import Features
 from virtio.netdev import Namespace, Netdev
 from virtio.vhost_user.backend import Backend
@@ -22,10 +23,11 @@ PEER_MAC = bytes.fromhex("020000000002")
 RINGS = Features({Feature.EVENT_IDX, Feature.INDIRECT_DESC, Feature.RING_RESET})
 
 
-def device_for(rings: Features, **options: Any) -> NetDevice:
-    """A device that offers rings of one format, and all that it can do with frames."""
-    unsaid = {bit for name, bit in (("mtu", 3), ("speed", 63)) if name not in options}
-    return NetDevice(offered=(RINGS | rings | Features(NetDevice.features)) - unsaid, **options)
+def device_for(rings: Features, *, offloads: bool = True, **options: Any) -> NetDevice:
+    """A device that offers rings of one format, and all that it can do with frames, or all but checksums and segmentation."""
+    unsaid = {bit for name, bit in (("mtu", NetFeature.MTU), ("speed", NetFeature.SPEED_DUPLEX)) if name not in options}
+    features = Features(NetDevice.features) - unsaid - (() if offloads else GUEST_OFFLOADS | HOST_OFFLOADS | CHECKSUMS)
+    return NetDevice(offered=RINGS | rings | features, **options)
 
 
 class Far:
@@ -86,7 +88,7 @@ def listening(namespace: Namespace) -> Iterator[None]:
 
 def main() -> None:
     """Serves for ever: whoever started it ends it."""
-    device = device_for(Features({Feature.VERSION_1}))
+    device = device_for(Features.from_mask(int(sys.argv[2])))
     errors: list[Exception] = []
     with Netdev(device, "peer0", mac=PEER_MAC, address=f"{FAR}/24") as peer, Backend(sys.argv[1], device, report=errors.append) as backend:
         peer.follow(errors.append)

@@ -44,13 +44,13 @@ class Machine:
         self.guest.wait_ready()
         self.up()
 
-    def up(self) -> None:
+    def up(self, address: str = NEAR) -> None:
         """Brings the guest's card up, with its address."""
-        self.read(f"ip link set eth0 up && ip addr add {NEAR}/24 dev eth0")
+        self.read(f"ip link set eth0 up && ip addr add {address}/24 dev eth0")
 
-    def ping(self, count: int = 3, *words: str) -> None:
-        """Has the guest ping the far end: all is answered."""
-        command = f"ping -n -c {count} -i 0.1 -W 10 -w 30 {' '.join(words)} {FAR}"
+    def ping(self, count: int = 3, *words: str, before: str = "", address: str = FAR) -> None:
+        """Has the guest ping the far end: all is answered. `before`: what runs ping."""
+        command = f"{before} /bin/ping -n -c {count} -i 0.1 -W 10 -w 30 {' '.join(words)} {address}".strip()
         status, lines = self.run(command)
         assert status == 0 and any(f"{count} received" in line for line in lines), lines
 

@@ -79,19 +79,21 @@ class Guest:
         self._rest = b""
         self._last = ""
         self._console, theirs = socketpair()
+        self._complaints = os.memfd_create("stderr")
         try:
             with theirs:
                 self.process: Final[subprocess.Popen[bytes]] = subprocess.Popen(
                     words,
                     stdin=theirs.fileno(),
                     stdout=theirs.fileno(),
-                    stderr=subprocess.STDOUT,
+                    stderr=self._complaints,
                     pass_fds=list(pass_fds),
                     env=None if environment is None else {**os.environ, **environment},
                     start_new_session=True,  # also so that its helpers can be ended with it
                 )
         except BaseException:
             self._console.close()
+            os.close(self._complaints)
             raise
 
     @property
@@ -152,6 +154,9 @@ class Guest:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         self._console.close()
+        if self._complaints >= 0:
+            os.close(self._complaints)
+            self._complaints = -1
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +204,9 @@ class Guest:
         return f"{self.name} {how}{self._said()}"
 
     def _said(self) -> str:
-        return f": {self._last}" if self._last and not self._last.startswith("@guest") else ""
+        complaint = os.pread(self._complaints, LONGEST_LINE, 0).decode(errors="replace").strip().rpartition("\n")[2]
+        said = complaint or self._last
+        return f": {said}" if said and not said.startswith("@guest") else ""
 
 
 def require(programs: Sequence[str], path: str | None = None) -> None:
