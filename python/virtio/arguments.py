@@ -5,11 +5,11 @@ TypeError: something of another type. ValueError: out of range.
 
 from collections.abc import Iterable
 from operator import index
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 _T = TypeVar("_T")
 
-MAC_SIZE = 6
+MAC_SIZE: Final = 6
 
 
 def wrong_type(what: str, value: object, wanted: str) -> TypeError:
@@ -28,24 +28,29 @@ def instance(what: str, value: Any, kind: type[_T], wanted: str) -> _T:
     return value
 
 
-def having(what: str, value: Any, names: Iterable[str], wanted: str) -> None:
-    """An object that has these attributes, as what stands for a protocol. None of them is called."""
-    kind = type(value)
-    if isinstance(value, type) or not all(hasattr(kind, name) or name in getattr(value, "__dict__", ()) for name in names):
+def having(what: str, value: Any, methods: Iterable[str], wanted: str) -> None:
+    """An object that has these methods, as what stands for a protocol."""
+    if isinstance(value, type) or not all(hasattr(value, name) for name in methods):
         raise wrong_type(what, value, wanted)
 
 
-def integer(what: str, value: Any, least: int, most: int, unit: str = "") -> int:
-    """An integer from `least` to `most`; `unit`, and a section, go behind these in the message."""
+def number(what: str, value: Any) -> int:
+    """An integer, of whatever size."""
     try:
-        number = index(value)
+        found = index(value)
     except TypeError:
         raise wrong_type(what, value, "an integer") from None
     if isinstance(value, bool):
         raise wrong_type(what, value, "an integer")
-    if not least <= number <= most:
-        raise ValueError(f"{what} {number} is outside {least}..{most}{unit and ' ' + unit}")
-    return number
+    return found
+
+
+def integer(what: str, value: Any, least: int, most: int, unit: str = "") -> int:
+    """An integer from `least` to `most`; `unit`, and a section, go behind these in the message."""
+    found = number(what, value)
+    if not least <= found <= most:
+        raise ValueError(f"{what} {found} is outside {least}..{most}{unit and ' ' + unit}")
+    return found
 
 
 def seconds(what: str, value: Any) -> float:
@@ -63,6 +68,23 @@ def seconds(what: str, value: Any) -> float:
 def switch(what: str, value: Any) -> bool:
     """True or False, and nothing that only passes for one of these."""
     return instance(what, value, bool, "True or False")
+
+
+def call(what: str, value: Any) -> None:
+    """Something to call."""
+    if not callable(value):
+        raise wrong_type(what, value, "something to call")
+
+
+def strings(what: str, values: Any, example: str) -> list[str]:
+    """Strings, and no single one, whose letters would be taken for them."""
+    wanted = f"strings, as {example}"
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise wrong_type(what, values, wanted)
+    found = list(values)
+    for place, value in enumerate(found):
+        instance(f"{what}[{place}]", value, str, "a string")
+    return found
 
 
 def buffer(what: str, value: Any, wanted: str = "bytes") -> bytes:

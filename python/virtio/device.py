@@ -21,9 +21,10 @@ from enum import Enum
 from threading import RLock
 from typing import Any, ClassVar, Final, NamedTuple
 
+from virtio import arguments
 from virtio._core import DeviceQueue, EventFd, GuestMemory
 from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, VirtioError
-from virtio.features import Features, Requires, broken_rules, check_accepted
+from virtio.features import Features, Requires, broken_rules, check_accepted, features_of
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
 from virtio.status import StatusTable, locked
 from virtio.transport import check_negotiable
@@ -142,7 +143,10 @@ class Device:
         TypeError: a handler is missing, or a class attribute is of another type.
         """
         _check_constants(self)
-        self.offered: Final = RING_FEATURES | Features(self.features) if offered is None else Features(offered) | {Feature.VERSION_1}
+        own = f"{type(self).__name__}.features"
+        self.offered: Final = (
+            RING_FEATURES | features_of(own, self.features) if offered is None else features_of("offered", offered) | {Feature.VERSION_1}
+        )
         check_negotiable(self.offered)
         if broken := broken_rules(self.offered, self.rules):
             raise ValueError(f"features offered without what they require: {broken}")
@@ -183,9 +187,15 @@ class Device:
     # What a device type calls.
 
     @locked
-    def change_config(self, config: bytes) -> None:
-        """Replaces the configuration, changes its generation (2.5), and notifies a driver that has set DRIVER_OK (3.2.1)."""
-        self.config = config
+    def change_config(self, config: bytes | bytearray | memoryview) -> None:
+        """Replaces the configuration, changes its generation (2.5), and notifies a driver that has set DRIVER_OK (3.2.1).
+
+        ValueError: it is shorter than before, and a driver may read all that there was.
+        """
+        data = arguments.buffer("config", config)
+        if len(data) < len(self.config):
+            raise ValueError(f"config of {len(data)} bytes is shorter than the {len(self.config)} that drivers know")
+        self.config = data
         self._config_generation = (self._config_generation + 1) % (1 << 32)
         self._notify_config()
 
@@ -236,6 +246,8 @@ class Device:
 
     def connect(self, config_interrupt: EventFd | None) -> None:
         """Gives the device what it signals for configuration-change notifications. StatusError: it has one, so it is on a transport."""
+        if config_interrupt is not None:
+            arguments.instance("config_interrupt", config_interrupt, EventFd, "an EventFd")
         if config_interrupt is not None and self._config_interrupt is not None:
             raise StatusError("the device is on a transport already")
         self._config_interrupt = config_interrupt
@@ -254,7 +266,7 @@ class Device:
         StatusError: a bit is cleared or set out of order, and nothing changes. ValueError: wider than 8 bits. Bits that are not the
         driver's are ignored.
         """
-        if not 0 <= value <= 0xFF:
+        if not 0 <= arguments.number("status", value) <= 0xFF:
             raise ValueError(f"status {value:#x} is outside 0..0xff")
         if value == 0:
             self.reset()
@@ -287,7 +299,7 @@ class Device:
 
     def queue_max(self, index: int) -> int:
         """Most entries that queue `index` may have; 0 if there is no such queue."""
-        return self.queue_size if 0 <= index < len(self.queues) else 0
+        return self.queue_size if 0 <= arguments.number("queue index", index) < len(self.queues) else 0
 
     def queue(self, index: int) -> DeviceQueue | None:
         """The enabled queue at `index`, for devices that serve it outside its handler.
@@ -495,6 +507,11 @@ class Device:
     def _check_config(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > len(self.config):
             raise ValueError(f"configuration bytes {offset}..{offset + length} are outside 0..{len(self.config)}")
+
+
+def check_device(device: Device) -> None:
+    """TypeError: it is none, or a class of devices."""
+    arguments.instance("device", device, Device, "a Device, as RngDevice()")
 
 
 def _check_constants(device: Device) -> None:

@@ -20,11 +20,11 @@ from weakref import WeakValueDictionary
 from virtio import arguments
 from virtio._core import DriverQueue, EventFd, Memory
 from virtio.errors import DeviceNeedsReset, FeatureNegotiationError, StatusError, TransportError, VirtioError
-from virtio.features import Features, Requires, describe
+from virtio.features import Features, Requires, describe, features_of
 from virtio.features import select as select_features
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
 from virtio.status import StatusTable, locked
-from virtio.transport import Alternating, Doorbell, Resuming, Transport, check_negotiable
+from virtio.transport import Alternating, Doorbell, Resuming, Transport, check_negotiable, check_transport
 from virtio.waiting import Watch, milliseconds, sleep_on
 
 RING_FEATURES: Final = Features({Feature.RING_PACKED, Feature.EVENT_IDX, Feature.INDIRECT_DESC})
@@ -118,8 +118,11 @@ class Driver:
     def __init__(self, transport: Transport, *, memory: Memory | None = None) -> None:
         """Attaches `memory` to `transport`; without it the transport's own, or `MEMORY_SIZE` new bytes.
 
-        ValueError: another device type. StatusError: the transport has a driver that is not closed.
+        ValueError: another device type. TypeError: no transport, or no memory. StatusError: the transport has a driver that is not closed.
         """
+        check_transport(transport)
+        if memory is not None:
+            arguments.instance("memory", memory, Memory, "a Memory")
         if self.device_id is not None and transport.device_id != self.device_id:
             raise ValueError(f"{type(self).__name__} drives devices of type {self.device_id:d}, not {transport.device_id:d}")
         self._lock = RLock()
@@ -208,8 +211,8 @@ class Driver:
         VERSION_1 is always required, and a feature that nobody asked for is never accepted (2.2.1). FeatureNegotiationError: a required
         feature cannot be had, or the device does not keep FEATURES_OK; FAILED is then set. ValueError: a bit that is never negotiated.
         """
-        required = Features(required) | {Feature.VERSION_1}
-        wanted = Features(wanted)
+        required = features_of("required", required) | {Feature.VERSION_1}
+        wanted = features_of("wanted", wanted)
         check_negotiable(required | wanted)
         target = DRIVER_TABLE.target(self._state, DriverStep.NEGOTIATE)
         if self._state is not DriverState.DRIVER:
@@ -258,12 +261,12 @@ class Driver:
         `size` is lowered to what the device allows, never raised. ValueError: a size that no queue of this format has, or no such queue.
         StatusError: out of order, or set up already.
         """
+        index = arguments.number("queue index", index)
         step = DriverStep.REENABLE_QUEUE if index in self._queues_reset else DriverStep.SETUP_QUEUE
         DRIVER_TABLE.target(self._state, step)
         if index in self._enabled:
             raise StatusError(f"queue {index} is set up already")
-        if not 1 <= size <= MAX_QUEUE_SIZE:
-            raise ValueError(f"queue size {size} is outside 1..{MAX_QUEUE_SIZE}")
+        size = arguments.integer("queue size", size, 1, MAX_QUEUE_SIZE)
         if (most := min(self.transport.queue_max(index), MAX_QUEUE_SIZE)) < 1:
             raise ValueError(f"the device has no queue {index}")
         if size > most:
@@ -383,6 +386,7 @@ class Driver:
 
         SpecViolation: the device broke a rule. StatusError: it did so before, and the queue is broken until the device is reset.
         """
+        arguments.instance("queue", queue, DriverQueue, "a DriverQueue")
         deadline = None if timeout is None else monotonic() + arguments.seconds("timeout", timeout)
         while not (used := queue.pop_used()):
             if queue.broken is not None:

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from enum import IntEnum
 from typing import Final, Self, final
 
+from virtio import arguments
 from virtio.errors import FeatureNegotiationError
 from virtio.spec import FEATURE_BITS, Feature
 
@@ -34,17 +35,17 @@ class Features(AbstractSet[int]):
     _names: tuple[type[IntEnum], ...]
 
     def __init__(self, bits: Iterable[int] = (), *, names: Iterable[type[IntEnum]] = ()) -> None:
-        """The set of `bits`; `names` are further enumerations that may name them. ValueError: a bit outside 0..127."""
+        """The set of `bits`; `names` are further enumerations that may name them. ValueError: a bit outside 0..127. TypeError: no bits."""
         found: dict[type[IntEnum], None] = dict.fromkeys(names)
         if isinstance(bits, Features):
             mask = bits._mask
             found.update(dict.fromkeys(bits._names))
         else:
             mask = 0
+            if isinstance(bits, str | bytes) or not isinstance(bits, Iterable):
+                raise arguments.wrong_type("features", bits, "bits, as {Feature.RING_PACKED}")
             for bit in bits:
-                if not 0 <= bit < FEATURE_BITS:
-                    raise ValueError(f"feature bit {bit} is outside 0..{FEATURE_BITS - 1}")
-                mask |= 1 << bit
+                mask |= 1 << arguments.integer("feature bit", bit, 0, FEATURE_BITS - 1)
                 if isinstance(bit, IntEnum):
                     found[type(bit)] = None
         object.__setattr__(self, "_mask", mask)
@@ -53,7 +54,7 @@ class Features(AbstractSet[int]):
     @classmethod
     def from_mask(cls, mask: int, *, names: Iterable[type[IntEnum]] = ()) -> Features:
         """The set whose bit n is bit n of `mask`. ValueError: negative, or wider than 128 bits."""
-        if not 0 <= mask < 1 << FEATURE_BITS:
+        if not 0 <= arguments.number("feature mask", mask) < 1 << FEATURE_BITS:
             raise ValueError(f"feature mask {mask:#x} is outside 0..2**{FEATURE_BITS} - 1")
         return cls((bit for bit in range(mask.bit_length()) if mask >> bit & 1), names=names)
 
@@ -140,6 +141,14 @@ class Features(AbstractSet[int]):
 
 def _restored(mask: int, names: tuple[type[IntEnum], ...]) -> Features:
     return Features.from_mask(mask, names=names)
+
+
+def features_of(what: str, bits: Iterable[int], *, names: Iterable[type[IntEnum]] = ()) -> Features:
+    """As `Features`, of an argument: an error names it."""
+    try:
+        return Features(bits, names=names)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def describe(bit: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from virtio import Features, NetFeature
+from virtio import Features, NetFeature, StatusError
 from virtio.devices.net import CHECKSUMS, GUEST_OFFLOADS, HOST_OFFLOADS
 from virtio.netdev import Namespace, NamespaceError, NameTakenError, TapError, open_tap
 from virtio.netdev.tap import Interface, offloads
@@ -63,7 +63,7 @@ def test_no_such_namespace(namespace: Namespace) -> None:
     with open(os.devnull) as nothing, pytest.raises(NamespaceError, match="no network namespace behind"):
         open_tap("vn0", namespace=nothing.fileno())
     namespace.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(StatusError, match="closed"):
         namespace.fileno()
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final
 
+from virtio import arguments
 from virtio._core import BufferPool, DriverPort, DriverQueue, Memory, PortGroup, net_header_size
 from virtio.devices import net_control, net_header
 from virtio.devices.net_control import Commands, ControlClass, ControlQueue
@@ -43,11 +44,11 @@ from virtio.devices.net_header import (
 from virtio.devices.net_pairs import DriverBursts, DriverPair, check_whole, connect, find_pair
 from virtio.driver import MEMORY_SIZE, RESET_TIMEOUT, RING_FEATURES, Driver, DriverState
 from virtio.errors import SpecViolation
-from virtio.features import Features
+from virtio.features import Features, features_of
 from virtio.port import Descriptor, add_statistics
-from virtio.spec import Feature
+from virtio.spec import MAX_QUEUE_SIZE, Feature
 from virtio.status import locked
-from virtio.transport import Transport
+from virtio.transport import Transport, check_transport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,10 +111,12 @@ class NetDriver(Commands, DriverBursts, Driver):
         """Initializes the device. FeatureNegotiationError, TransportError, SpecViolation: that cannot be; the driver is then closed.
 
         ValueError: sizes that cannot be, queue pairs outside 1..32768, a pool that is not in `memory`, or one too small for a single
-        receive buffer.
+        receive buffer. TypeError: an argument of another type.
         """
-        if not 1 <= queue_pairs <= net_header.MAX_QUEUE_PAIRS:
-            raise ValueError(f"queue_pairs {queue_pairs} is outside 1..{net_header.MAX_QUEUE_PAIRS}")
+        check_transport(transport)
+        queue_pairs = arguments.integer("queue_pairs", queue_pairs, 1, net_header.MAX_QUEUE_PAIRS)
+        queue_size = arguments.integer("queue_size", queue_size, 1, MAX_QUEUE_SIZE)
+        slots, slot_size = net_header.check_slots(pool, slots, slot_size)
         if pool is not None:
             if memory is not None and memory is not pool.memory:
                 raise ValueError("the pool is not in the memory given")
@@ -135,7 +138,8 @@ class NetDriver(Commands, DriverBursts, Driver):
         self.on_link: Callable[[bool], None] | None = None
         """Called with what the link became, by whichever call noticed."""
         self._queue_size = queue_size
-        self._asked = Features(required), Features(wanted, names=[NetFeature]) | (MULTIQUEUE if queue_pairs > 1 else ())
+        wanted = features_of("wanted", wanted, names=[NetFeature])
+        self._asked = features_of("required", required), wanted | (MULTIQUEUE if queue_pairs > 1 else ())
         super().__init__(transport, memory=memory)
         with self.initializing():
             if pool is None:
@@ -196,8 +200,8 @@ class NetDriver(Commands, DriverBursts, Driver):
 
         Traffic then goes on, its counts too. With both queues reset, it does once both are set up.
         """
-        if size is None:
-            size = self._queue_size
+        index = arguments.number("queue index", index)
+        size = self._queue_size if size is None else arguments.integer("queue size", size, 1, MAX_QUEUE_SIZE)
         if indirect_limit is None:
             most = max(1, min(size, self.transport.queue_max(index)))
             indirect_limit = min(self._rows, 1 << most.bit_length() - 1) if Feature.INDIRECT_DESC in self._features else 0

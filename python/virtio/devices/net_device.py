@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from virtio import arguments
 from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, EventFd, Memory, PortGroup, net_header_size
 from virtio.device import RING_FEATURES, Device, DeviceState
 from virtio.devices import net_control, net_header
@@ -14,7 +15,7 @@ from virtio.devices.net_control import ControlClass
 from virtio.devices.net_header import DEFAULT_MTU, DEVICE_ID, IMPLEMENTED, MULTIQUEUE, RULES, Config, NetFeature, NetStatus
 from virtio.devices.net_pairs import DeviceBursts, DevicePair, check_whole, connect, find_pair, queue_names
 from virtio.errors import StatusError
-from virtio.features import Features
+from virtio.features import Features, features_of
 from virtio.port import add_statistics
 from virtio.spec import Feature, Status
 from virtio.status import locked
@@ -61,20 +62,19 @@ class NetDevice(DeviceBursts, Device):
         queue_pairs: int = 1,
     ) -> None:
         """ValueError: an address that is not 6 bytes or is a group's, an MTU outside 68..65535, queue pairs outside 1..32767, or features
-        that cannot be offered: more than one pair without MQ among them."""
-        self.mac: Final = net_header.random_mac() if mac is None else bytes(mac)
-        if len(self.mac) != 6 or self.mac[0] & 1:
-            raise ValueError(f"{self.mac.hex(':')} is not the address of one device")
-        if mtu is not None and not net_header.MIN_MTU <= mtu <= net_header.MAX_MTU:
-            raise ValueError(f"MTU {mtu} is outside {net_header.MIN_MTU}..{net_header.MAX_MTU} (5.1.4.1)")
-        if speed is not None and not 0 <= speed < 1 << 31:
-            raise ValueError(f"speed {speed} is outside 0..{(1 << 31) - 1} Mbit/s (5.1.4)")
-        if not 1 <= queue_pairs <= MOST_PAIRS:
-            raise ValueError(f"queue_pairs {queue_pairs} is outside 1..{MOST_PAIRS}")
+        that cannot be offered: more than one pair without MQ among them. TypeError: an argument of another type."""
+        self.mac: Final = net_header.random_mac() if mac is None else arguments.mac("mac", mac)
+        if mtu is not None:
+            mtu = arguments.integer("MTU", mtu, net_header.MIN_MTU, net_header.MAX_MTU, "(5.1.4.1)")
+        if speed is not None:
+            speed = arguments.integer("speed", speed, 0, (1 << 31) - 1, "Mbit/s (5.1.4)")
+        queue_pairs = arguments.integer("queue_pairs", queue_pairs, 1, MOST_PAIRS)
+        arguments.switch("link", link)
+        slots, slot_size = net_header.check_slots(pool, slots, slot_size)
         unsaid = [bit for bit, value in ((NetFeature.MTU, mtu), (NetFeature.SPEED_DUPLEX, speed)) if value is None]
         if offered is None:
             offered = (RING_FEATURES | Features(self.features)) - unsaid | (MULTIQUEUE if queue_pairs > 1 else ())
-        offered = Features(offered, names=[NetFeature])
+        offered = features_of("offered", offered, names=[NetFeature])
         if queue_pairs > 1 and NetFeature.MQ not in offered:
             raise ValueError(f"{queue_pairs} queue pairs without MQ (bit {NetFeature.MQ.value}) among the features offered (5.1.5.1)")
         self.queues = queue_names(queue_pairs, control=NetFeature.CTRL_VQ in offered)
@@ -146,12 +146,15 @@ class NetDevice(DeviceBursts, Device):
 
     @property
     def link(self) -> bool:
-        """Whether the link is up. Setting it changes the configuration and notifies the driver; traffic is not touched."""
+        """Whether the link is up. Setting it changes the configuration and notifies the driver; traffic is not touched.
+
+        TypeError: set to something else than True or False.
+        """
         return bool(self._config.status & NetStatus.LINK_UP)
 
     @link.setter
     def link(self, up: bool) -> None:
-        if up != self.link:
+        if arguments.switch("link", up) != self.link:
             self._config = self._config._replace(status=NetStatus.LINK_UP if up else 0)
             self.change_config(self._config.pack())
             if self.on_link is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from virtio import arguments
 from virtio._core import BufferPool, net_header_size
 from virtio.errors import SpecViolation
 from virtio.features import Features, Requires
@@ -134,6 +135,12 @@ UNKNOWN_DUPLEX: Final = 0xFF
 MAX_QUEUE_PAIRS: Final = 0x8000
 """Most pairs that a device may name (5.1.4.1)."""
 
+MAX_SLOTS: Final = 1 << 20
+MIN_SLOT_SIZE: Final = 128
+MAX_SLOT_SIZE: Final = 1 << 17
+SLOT_STEP: Final = 64
+"""What a `BufferPool` may have."""
+
 RECEIVEQ1: Final = 0
 TRANSMITQ1: Final = 1
 
@@ -207,6 +214,17 @@ def check_mtu(mtu: int) -> int:
     if not MIN_MTU <= mtu <= MAX_MTU:
         raise SpecViolation(f"the device's MTU {mtu} is outside {MIN_MTU}..{MAX_MTU}", "5.1.4.1")
     return mtu
+
+
+def check_slots(pool: BufferPool | None, slots: int, slot_size: int) -> tuple[int, int]:
+    """A caller's pool, or sizes for one, which come back. TypeError: of another type. ValueError: no pool can be so."""
+    if pool is not None:
+        arguments.instance("pool", pool, BufferPool, "a BufferPool")
+    slots = arguments.integer("slots", slots, 1, MAX_SLOTS)
+    slot_size = arguments.integer("slot_size", slot_size, MIN_SLOT_SIZE, MAX_SLOT_SIZE)
+    if slot_size % SLOT_STEP:
+        raise ValueError(f"slot_size {slot_size} is not a multiple of {SLOT_STEP}")
+    return slots, slot_size
 
 
 def check_queue_pairs(pairs: int) -> int:

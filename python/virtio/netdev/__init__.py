@@ -33,11 +33,12 @@ from threading import Lock
 from typing import Any, Final
 from weakref import WeakMethod, WeakValueDictionary
 
+from virtio import arguments
 from virtio.errors import StatusError
 from virtio.netdev import tap
 from virtio.netdev.ends import SLOT_SIZE, DeviceEnd, DriverEnd, Pumps, end_of
 from virtio.netdev.follower import Follower
-from virtio.netdev.namespace import Namespace, NamespaceError, unshare_as_user
+from virtio.netdev.namespace import Namespace, NamespaceError, copied, unshare_as_user
 from virtio.netdev.running import Running
 from virtio.netdev.tap import Interface, NameTakenError, TapError, TapPermissionError, open_tap
 from virtio.port import add_statistics
@@ -83,10 +84,10 @@ class Netdev(Running):
 
         `namespace` is where it is to be: a descriptor of a network namespace, or the calling thread's. `mac` is a driver's own if not
         given, and on a device's side a random one: the interface there is not the device, but what the device is plugged into. `mtu` is the
-        port's if not given. `address` are addresses with their prefix lengths, "192.0.2.1/24".
+        port's if not given. `address` is an address with its prefix length, "192.0.2.1/24", or several, of which one may be of IPv4.
 
-        TypeError: not a port. ValueError: a name, MTU or address that cannot be. NamespaceError: no such namespace. TapPermissionError,
-        NameTakenError, TapError: the interface cannot be had.
+        TypeError: not a port, or an argument of another type. ValueError: a name, MTU or address that cannot be. NamespaceError: no such
+        namespace. TapPermissionError, NameTakenError, TapError: the interface cannot be had.
         """
         self._tap = -1
         self._namespace = -1
@@ -95,10 +96,7 @@ class Netdev(Running):
         self.name: Final = tap.check_name(name)
         addresses = tap.each(address)
         self.mtu: Final = self._end.mtu(mtu)
-        if mac is None:
-            mac = self._end.mac
-        elif len(mac) != 6 or mac[0] & 1:
-            raise ValueError(f"{mac.hex(':')} is not the address of one interface")
+        mac = self._end.mac if mac is None else arguments.mac("mac", mac)
         self._pumps: Pumps | None = None
         self._totals: dict[str, Any] = {}
         self._carrier = True
@@ -111,7 +109,7 @@ class Netdev(Running):
         super().__init__(self)
         try:
             if namespace is not None:
-                self._namespace = os.dup(namespace if isinstance(namespace, int) else namespace.fileno())
+                self._namespace = copied(namespace)
             self._interface = Interface(name, self._namespace if namespace is not None else None)
             self._tap = open_tap(name, namespace=self._namespace if namespace is not None else None)
             with self._setting():
@@ -289,8 +287,9 @@ class NetdevPair(Running):
     """Two interfaces that are started, stopped and closed together: what the one sends the other receives, in one thread a direction."""
 
     def __init__(self, one: Netdev, other: Netdev) -> None:
-        """StatusError: one of them runs, is closed, or belongs to a pair."""
-        for member in (one, other):
+        """StatusError: one of them runs, is closed, or belongs to a pair. TypeError: no interface."""
+        for place, member in enumerate((one, other)):
+            arguments.instance(("one", "other")[place], member, Netdev, "a Netdev")
             if member._closed or member.running or member._owner is not None:
                 raise StatusError(f"{member.name} is closed, runs, or belongs to a pair already")
         super().__init__(one, other)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
+from virtio import arguments
 from virtio._core import BufferPool, DeviceQueue, DriverQueue, EventFd, Pump
 from virtio.driver import DriverState
 from virtio.errors import StatusError
@@ -130,8 +131,7 @@ class End:
         """The interface's MTU. ValueError: the wanted one cannot be, or is more than was negotiated (5.1.4.2)."""
         if wanted is None:
             return min(self.port.mtu, MAX_MTU)
-        if not MIN_MTU <= wanted <= MAX_MTU:
-            raise ValueError(f"MTU {wanted} is outside {MIN_MTU}..{MAX_MTU}")
+        arguments.integer("MTU", wanted, MIN_MTU, MAX_MTU)
         if _MTU in self.features and wanted > self.port.mtu:
             raise ValueError(f"MTU {wanted} is more than the {self.port.mtu} that the device offers (5.1.4.2)")
         return wanted

@@ -17,6 +17,9 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
+from virtio import arguments
+from virtio.errors import StatusError
+
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWUSER: Final = 0x1000_0000
 CLONE_NEWPID: Final = 0x2000_0000
@@ -128,9 +131,9 @@ class Namespace:
             os.close(before)
 
     def fileno(self) -> int:
-        """Its descriptor, for `setns`, and for a `Netdev`. ValueError: it is closed."""
+        """Its descriptor, for `setns`, and for a `Netdev`. StatusError: it is closed."""
         if self._descriptor < 0:
-            raise ValueError("the namespace is closed")
+            raise StatusError("the namespace is closed")
         return self._descriptor
 
     @contextmanager
@@ -164,3 +167,14 @@ class Namespace:
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):
             self.close()
+
+
+def copied(namespace: int | Namespace) -> int:
+    """A descriptor of one's own of the same. TypeError: no namespace. ValueError, NamespaceError, StatusError: no open one."""
+    if not isinstance(namespace, int) and not hasattr(namespace, "fileno"):
+        raise arguments.wrong_type("namespace", namespace, "a Namespace, or a namespace's descriptor")
+    descriptor = arguments.integer("namespace", namespace, 0, (1 << 31) - 1) if isinstance(namespace, int) else namespace.fileno()
+    try:
+        return os.dup(descriptor)
+    except OSError as error:
+        raise NamespaceError(error.errno, f"namespace {descriptor}: {os.strerror(error.errno or 0)}") from None

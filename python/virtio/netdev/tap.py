@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Final
 
+from virtio import arguments
 from virtio.features import Features
 from virtio.netdev.namespace import bring_up, inside
 
@@ -62,8 +63,11 @@ class NameTakenError(TapError, FileExistsError):
 
 
 def check_name(name: str) -> str:
-    """`name`, if an interface may be called so. ValueError: empty, longer than 15 bytes, or with a character that no name has."""
-    data = os.fsencode(name)
+    """`name`, if an interface may be called so. ValueError: empty, longer than 15 bytes, or with a character that no name has.
+
+    TypeError: no string.
+    """
+    data = os.fsencode(arguments.instance("interface name", name, str, "a string"))
     if not 1 <= len(data) <= LONGEST_NAME:
         raise ValueError(f"interface name {name!r} has {len(data)} bytes: it may have 1 to {LONGEST_NAME}")
     if name in (".", "..") or any(byte in b"/:%\0" or byte <= 0x20 for byte in data):
@@ -195,8 +199,13 @@ class Interface:
 
 
 def each(addresses: str | Iterable[str] | None) -> tuple[str, ...]:
-    """One address, several or none, checked. ValueError: not an address with its prefix length."""
-    found = () if addresses is None else (addresses,) if isinstance(addresses, str) else tuple(addresses)
+    """One address, several or none, checked. ValueError: not an address with its prefix length, or two of IPv4. TypeError: no string."""
+    if addresses is None:
+        return ()
+    found = arguments.strings("address", [addresses] if isinstance(addresses, str) else addresses, "'198.51.100.1/24'")
     for address in found:
-        ip_interface(address)
-    return found
+        if "/" not in address:
+            raise ValueError(f"address {address!r} has no prefix length, as '198.51.100.1/24' has")
+    if sum(isinstance(ip_interface(address), IPv4Interface) for address in found) > 1:
+        raise ValueError(f"address {found} has more than one of IPv4")
+    return tuple(found)

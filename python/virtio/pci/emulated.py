@@ -14,7 +14,7 @@ from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
 from virtio._core import EventFd, Memory
-from virtio.device import Device
+from virtio.device import Device, check_device
 from virtio.errors import StatusError, TransportError
 from virtio.pci.common import MODERN_BAR, CommonRegisters, regions
 from virtio.pci.config import BARS, COMMAND_MEMORY, MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_FUNCTION_MASK
@@ -50,6 +50,7 @@ class EmulatedFunction:
         transitional: bool = False,
         access_platform: bool = False,
     ) -> None:
+        check_device(device)
         if msix_vectors is None:
             msix_vectors = min(len(device.queues) + 1, 2048)
         if not 0 <= msix_vectors <= 2048:

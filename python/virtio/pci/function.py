@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from virtio import arguments
 from virtio._core import EventFd, Memory
 
 BarKind = Literal["memory32", "memory64", "io"]
@@ -99,3 +100,9 @@ class PciFunction(Protocol):
 
     def close(self) -> None:
         """Disables interrupts, takes all memory away, and lets go of the function. Closing twice is closing once."""
+
+
+def check_function(function: PciFunction) -> None:
+    """TypeError: it is none."""
+    methods = ("config_read", "bar_read", "enable_msix", "attach")
+    arguments.having("function", function, methods, "a PciFunction, as EmulatedFunction(device)")

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from virtio._core import Memory
+from virtio.arguments import instance, number, strings
 from virtio.errors import StatusError, TransportError
 from virtio.pci import config
 from virtio.pci.bus import Bus, Found, Place, Range, Windows
@@ -78,6 +79,9 @@ class QemuMachine:
 
         ValueError: a machine or size that cannot be. TransportError: there is no such program, or it does not start, with its own message.
         """
+        for what, texts in (("devices", devices), ("wires", wires), ("netdevs", netdevs), ("options", options)):
+            strings(what, texts, "['virtio-rng-pci']" if what == "devices" else "a list of them")
+        number("memory_size", memory_size)
         self._kind = machine.split(",")[0]
         if self._kind not in ("q35", "pc"):
             raise ValueError(f"machine {self._kind!r} is neither q35 nor pc")
@@ -106,12 +110,17 @@ class QemuMachine:
     @property
     def pid(self) -> int:
         """QEMU's process. StatusError: the machine is closed."""
-        if self._process is None:
+        if self._process is None or self._closed:
             raise StatusError("the machine is closed")
         return self._process.pid
 
     def functions(self) -> list[QtestFunction]:
-        """The functions of the devices that were asked for, by ascending address; not bridges, nor what is the board's."""
+        """The functions of the devices that were asked for, by ascending address; not bridges, nor what is the board's.
+
+        StatusError: the machine is closed.
+        """
+        if self._closed:
+            raise StatusError("the machine is closed")
         return list(self._functions)
 
     def wire(self, name: str) -> socket:
@@ -122,6 +131,7 @@ class QemuMachine:
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Gives a command to QEMU's monitor: `qmp("set_link", name="n0", up=False)`. ValueError: QEMU refuses it."""
+        instance("command", command, str, "a string")
         if self._closed:
             raise StatusError("the machine is closed")
         return self._qmp.run(command.replace("_", "-") if command.startswith("query_") else command, arguments)

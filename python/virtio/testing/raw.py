@@ -2,6 +2,7 @@
 
 from typing import SupportsIndex
 
+from virtio import arguments
 from virtio._core import GuestMemory, Memory, layout
 from virtio.spec import DESCRIPTOR_SIZE
 
@@ -26,6 +27,8 @@ class Window:
     """
 
     def __init__(self, memory: Memory | GuestMemory, address: int = 0) -> None:
+        if not isinstance(memory, Memory | GuestMemory):
+            raise arguments.wrong_type("memory", memory, "a Memory or a GuestMemory")
         if isinstance(memory, GuestMemory) and address:
             raise ValueError(f"a GuestMemory has its own addresses; address must be 0, not {address:#x}")
         self.memory = memory

@@ -2,6 +2,7 @@
 
 from typing import Final, Protocol, runtime_checkable
 
+from virtio import arguments
 from virtio._core import EventFd, GuestMemory, Memory
 from virtio.features import Features, describe
 from virtio.spec import Feature, Status
@@ -114,6 +115,11 @@ class Transport(Protocol):
         A driver that lives on is not told when it sends: what it makes available reaches nobody. Close it first. Closing twice is closing
         once.
         """
+
+
+def check_transport(transport: Transport) -> None:
+    """TypeError: it is none."""
+    arguments.having("transport", transport, ("attach", "offered", "queue_setup"), "a transport, as LoopbackTransport(device)")
 
 
 @runtime_checkable

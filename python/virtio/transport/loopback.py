@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from virtio._core import EventFd, Memory
-from virtio.device import Device
+from virtio.device import Device, check_device
 from virtio.errors import StatusError
 from virtio.features import Features
 from virtio.spec import Status
@@ -21,10 +21,11 @@ class LoopbackTransport:
     """Carries everything from a driver to `device` in the same process.
 
     The device runs inside `serve`, which a driver calls before it sleeps; `device.poll()` by hand does as well. StatusError: the device is
-    on another transport already.
+    on another transport already. TypeError: no device.
     """
 
     def __init__(self, device: Device) -> None:
+        check_device(device)
         self._config_interrupt = EventFd()
         device.connect(self._config_interrupt)
         self._device: Device | None = device

@@ -14,11 +14,12 @@ from time import monotonic, sleep
 from types import TracebackType
 from typing import Final, Literal, Self
 
+from virtio import arguments
 from virtio._core import EventFd, Memory
 from virtio.errors import StatusError, TransportError, VirtioError
 from virtio.features import Features
 from virtio.pci.config import CONFIG, NO_VECTOR, SPACE_SIZE, Common, Field, Layout, device_type, parse
-from virtio.pci.function import PciFunction
+from virtio.pci.function import PciFunction, check_function
 from virtio.pci.interrupts import Interrupts
 from virtio.spec import Feature, Status
 from virtio.status import locked
@@ -44,10 +45,11 @@ class PciTransport:
         """Finds the device's structures and enables interrupts: MSI-X, or the pin where that cannot be had; or the one that is asked for.
 
         TransportError: not a virtio device, a legacy one, one whose capabilities are unusable, or no interrupts; the function is then the
-        caller's as before. ValueError: another word for `interrupts`.
+        caller's as before. TypeError: no PCI function. ValueError: another word for `interrupts`.
         """
         if interrupts not in ("auto", "msix", "intx"):
             raise ValueError(f"interrupts must be auto, msix or intx, not {interrupts!r}")
+        check_function(function)
         self._lock = RLock()
         self._closed = False
         self.function: Final = function
@@ -115,6 +117,7 @@ class PciTransport:
     @status.setter
     @locked
     def status(self, value: Status) -> None:
+        arguments.number("status", value)
         self._check_open()
         if value and not self._config_mapped:
             self._interrupts.map(CONFIG)
@@ -184,7 +187,7 @@ class PciTransport:
     def queue_max(self, index: int) -> int:
         """Most entries that queue `index` may have, as long as it is not set up; 0 if there is no such queue."""
         self._check_open()
-        if not 0 <= index < self._read(Common.NUM_QUEUES):
+        if not 0 <= arguments.number("queue index", index) < self._read(Common.NUM_QUEUES):
             return 0
         self._write(Common.QUEUE_SELECT, index)
         self._queue_max[index] = most = self._read(Common.QUEUE_SIZE)

@@ -17,10 +17,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
+from virtio import arguments
 from virtio._core import EventFd
 from virtio.device import Device
 from virtio.errors import StatusError, TransportError
-from virtio.features import Features
+from virtio.features import Features, features_of
 from virtio.vhost_user.connection import PROTOCOL, Connection
 from virtio.vhost_user.socket import Link, adopt, check_path, connect, listen, listening
 
@@ -62,7 +63,12 @@ class Backend:
         protocol_features: Features = PROTOCOL,
         withheld: Iterable[int] = (),
     ) -> None:
-        self._withheld = Features(withheld)
+        if isinstance(device, type) or not isinstance(device, Device):
+            arguments.call("device", device)
+        if report is not None:
+            arguments.call("report", report)
+        arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
+        self._withheld = features_of("withheld", withheld)
         self.accepted = 0
         """How many front-ends have connected, and were given a device, since it was made."""
         self._device, self._poll, self._protocol = device, poll, protocol_features

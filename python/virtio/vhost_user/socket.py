@@ -23,7 +23,9 @@ _ROOM: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsi
 
 
 def check_path(path: str) -> str:
-    """The path. ValueError: no name, or longer than `LONGEST_PATH` bytes."""
+    """The path. ValueError: no name, longer than `LONGEST_PATH` bytes, or with a NUL in it."""
+    if "\0" in path:
+        raise ValueError(f"socket path {path!r} has a NUL in it")
     if not 0 < len(os.fsencode(path)) <= LONGEST_PATH:
         raise ValueError(f"socket path of {len(os.fsencode(path))} bytes, not 1 to {LONGEST_PATH}: {path!r}")
     return path
