@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,9 +120,32 @@ def test_completion_prints_a_script_that_names_the_command(shell: str) -> None:
     ],
 )
 def test_words_are_completed(words: str, expected: set[str]) -> None:
-    place = len(words.split(" ")) - 1
-    done = run(_VIRTIO_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(place))
+    done = run(_VIRTIO_COMPLETE="bash_complete", _VIRTIO_LINE=words, _VIRTIO_WORDBREAKS=" \t\n")
     assert {line.partition(",")[2] for line in done.stdout.split()} == expected and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "breaks", "expected"),
+    [
+        ("probe em", " :=", {"emulated:net", "emulated:rng"}),
+        ("probe emulated:", " :=", {"net", "rng"}),
+        ("probe emulated:n", " :=", {"net"}),
+        ("probe emulated:n", " ", {"emulated:net"}),
+        ("probe qemu:vir", " :=", {"virtio-net-pci"}),
+        ("probe emulated:net --js", " :=", {"--json"}),
+    ],
+)
+def test_bash_completes_behind_a_colon(line: str, breaks: str, expected: set[str], tmp_path: Path) -> None:
+    program = tmp_path / "virtio"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command())} "$@"\n')
+    program.chmod(0o755)
+    script = f"""{run("completion", "bash").stdout}
+        COMP_WORDBREAKS='{breaks}' COMP_LINE='virtio {line}' COMP_POINT={len("virtio " + line)}
+        _virtio_completion '{program}'
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=LIMIT, env=environment())
+    assert set(done.stdout.split()) == expected and not done.stderr
 
 
 def test_colour_is_for_terminals_only() -> None:
