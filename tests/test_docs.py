@@ -53,6 +53,15 @@ def test_programs_in_the_readme_run(program: str, tmp_path: Path) -> None:
     assert not done.stderr
 
 
+@pytest.mark.parametrize("before", [[], ["unshare", "-Urn"]], ids=["root", "user namespace"])
+def test_the_kernel_interfaces_of_the_readme_are_pinged(before: list[str], tmp_path: Path) -> None:
+    (program,) = blocks(ROOT / "README.md", "python root")
+    command = [*before, sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "3 packets transmitted, 3 received" in done.stdout, done.stdout + done.stderr
+    assert not done.stderr
+
+
 def test_the_readme_begins_with_a_program() -> None:
     assert blocks(ROOT / "README.md", "python")
 

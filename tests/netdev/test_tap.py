@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -65,6 +66,14 @@ def test_no_such_namespace(namespace: Namespace) -> None:
     namespace.close()
     with pytest.raises(StatusError, match="closed"):
         namespace.fileno()
+
+
+@pytest.mark.parametrize("what", ["Namespace()", 'open_tap("vn0")'])
+def test_who_may_not_is_told_what_would_help(what: str) -> None:
+    program = f"from virtio.netdev import Namespace, open_tap; {what}"
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "unshare -Urn" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_addresses_of_both_families(namespace: Namespace) -> None:

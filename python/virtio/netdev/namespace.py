@@ -57,6 +57,16 @@ def _call(name: str, result: int) -> None:
         raise NamespaceError(number, f"{name}: {os.strerror(number)}")
 
 
+def _why_not(number: int) -> str:
+    """Why there is no new namespace, and what would help."""
+    match number:
+        case errno.EPERM:
+            return f"{os.strerror(number)}: run it as root, or in a user namespace, by unshare -Urn COMMAND"
+        case errno.ENOSPC | errno.EUSERS:  # "no space left on device" is about no device
+            return "as many are in use as /proc/sys/user/max_net_namespaces and its neighbours allow"
+    return os.strerror(number)
+
+
 def unshare_as_user(flags: int) -> None:
     """As `unshare`, in a user namespace of its own if the process may not otherwise; it then is root there, and nobody elsewhere.
 
@@ -68,7 +78,7 @@ def unshare_as_user(flags: int) -> None:
         return
     except NamespaceError as error:
         if error.errno != errno.EPERM:
-            raise NamespaceError(error.errno, f"no namespaces to be had: {os.strerror(error.errno or 0)}") from None
+            raise NamespaceError(error.errno, f"no namespaces to be had: {_why_not(error.errno or 0)}") from None
     try:
         unshare(CLONE_NEWUSER | flags)
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
@@ -76,7 +86,8 @@ def unshare_as_user(flags: int) -> None:
                 file.write(text)
     except OSError as error:
         number = error.errno or 0
-        text = f"this user may have no user and network namespace of its own ({os.strerror(number)}): run it as root"
+        why = os.strerror(number) if number == errno.EPERM else _why_not(number)
+        text = f"this user may have no user and network namespace of its own ({why}): run it as root"
         raise NamespaceError(number, text) from None
 
 
@@ -118,7 +129,10 @@ class Namespace:
         self._descriptor = -1
         before = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            unshare(CLONE_NEWNET)
+            try:
+                unshare(CLONE_NEWNET)
+            except NamespaceError as error:
+                raise NamespaceError(error.errno, f"no network namespace to be had: {_why_not(error.errno or 0)}") from None
             try:
                 self._descriptor = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
                 bring_up("lo")

@@ -107,7 +107,7 @@ def _refused(name: str, error: OSError) -> OSError:
     if isinstance(error, TapError):
         return error
     if number == errno.EPERM:
-        text = f"interface {name} cannot be made: this user may not make interfaces here (CAP_NET_ADMIN in the network namespace)"
+        text = f"interface {name} cannot be made: this user may not make interfaces here (CAP_NET_ADMIN): unshare -Urn COMMAND would help"
         return TapPermissionError(number, text)
     if number in (errno.EBUSY, errno.EEXIST):
         return NameTakenError(number, f"interface {name} is there already: choose another name")
