@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from virtio import Device, DeviceId, Driver, Features, Memory, NetDevice, NetDriver, StatusError
+from virtio import Device, DeviceId, DeviceQueue, Driver, Features, Memory, NetDevice, NetDriver, StatusError
 from virtio.devices.rng import RngDevice, RngDriver
 from virtio.netdev import Namespace, NamespaceError, Netdev, open_tap
 from virtio.pci.emulated import EmulatedFunction
@@ -29,6 +29,13 @@ def transport() -> LoopbackTransport:
 class Words(Device):
     device_id = DeviceId.ENTROPY
     features: ClassVar[Any] = ("x",)
+
+
+class Twice(Device):
+    device_id = DeviceId.ENTROPY
+    queues = ("q", "q")
+
+    def on_q(self, queue: DeviceQueue) -> None: ...
 
 
 def negotiating(**asked: Any) -> None:
@@ -120,6 +127,7 @@ VALUES: list[tuple[str, Call]] = [
     ("address '198.51.100.7' has no prefix length", lambda _: Netdev(NetDevice(), address="198.51.100.7")),
     ("address .* has more than one of IPv4", lambda _: Netdev(NetDevice(), address=["198.51.100.1/24", "198.51.100.2/24"])),
     ("namespace -1 is outside", lambda _: Netdev(NetDevice(), namespace=-1)),
+    (r"Twice.queues \('q', 'q'\) has a name twice", lambda _: Twice()),
     ("has a NUL in it", lambda _: Backend("a\0b", NetDevice())),
 ]
 

@@ -1,9 +1,11 @@
 """Closing wakes: whoever sleeps on something that is closed elsewhere gets a StatusError at once, in a thread or in a task."""
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from tests.transports import KINDS, over
 from virtio import EventFd, NetDevice, NetDriver, StatusError
 from virtio.devices.rng import RngDevice, RngDriver
-from virtio.netdev import Namespace, Netdev
+from virtio.netdev import Namespace, Netdev, TapError
 from virtio.transport.loopback import LoopbackTransport
+from virtio.vhost_user.backend import Backend
 
 PATIENCE = 60.0
 
@@ -141,3 +144,46 @@ def test_an_interface_that_is_waited_for() -> None:
         netdev.start()
         assert while_asleep(netdev.wait, netdev.close).result() is True
         assert netdev.wait() is True
+
+
+def test_an_interface_that_was_deleted() -> None:
+    device = NetDevice()
+    with (
+        LoopbackTransport(device) as transport,
+        NetDriver(transport),
+        Namespace() as namespace,
+        Netdev(device, "vn0", namespace=namespace) as netdev,
+    ):
+        with namespace.entered():
+            subprocess.run(["ip", "link", "delete", "vn0"], check=True)
+        for call in (lambda: netdev.mac, netdev.start):
+            with pytest.raises(TapError, match=r"^interface vn0 is gone$"):
+                call()
+
+
+def test_a_back_end_that_serves(tmp_path: Path) -> None:
+    backend = Backend(tmp_path / "net.sock", NetDevice())
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(backend.serve)
+        time.sleep(0.05)
+        backend.close()
+        with pytest.raises(StatusError, match="the back-end is closed"):
+            served.result(PATIENCE)
+    backend.stop()
+    for call in (backend.fileno, backend.process, backend.__enter__):
+        with pytest.raises(StatusError, match="the back-end is closed"):
+            call()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_closed_is_not_entered_again(kind: str) -> None:
+    with over(kind, NetDevice()) as transport, NetDriver(transport) as driver:
+        pass
+    for closed in (transport, driver):
+        with pytest.raises(StatusError, match="closed"), closed:
+            pass
+
+
+def test_a_buffer_that_was_given_back_twice_does_no_harm() -> None:
+    with LoopbackTransport(NetDevice()) as transport, NetDriver(transport) as driver:
+        driver.memory.free(driver.allocate(16))

@@ -532,6 +532,8 @@ def _check_constants(device: Device) -> None:
     check_number("device_id", 0xFFFF_FFFF)
     names, rules = device.queues, device.rules
     check("queues", isinstance(names, tuple | list) and all(isinstance(name, str) for name in names), "a tuple of names")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{kind}.queues {names} has a name twice")
     check_number("queue_size", MAX_QUEUE_SIZE)
     if device.chain_limit is not None:
         check_number("chain_limit", max(LONGEST_CHAIN, device.queue_size))

@@ -443,11 +443,13 @@ class Driver:
             enabled.queue.close()
         self._enabled.clear()
         while self._buffers and not self.memory.closed:
-            self.memory.free(self._buffers.pop())
+            with suppress(ValueError):  # somebody gave it back already
+                self.memory.free(self._buffers.pop())
         if self._owned:
             self.memory.close()
 
     def __enter__(self) -> Self:
+        self._watching()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

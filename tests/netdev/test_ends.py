@@ -173,7 +173,7 @@ def test_an_interface_that_somebody_deletes() -> None:
             subprocess.run(["ip", "link", "delete", "vn0"], check=True)
         with pytest.raises(TransportError, match="the TAP is gone"):
             pair.wait(10)
-        with pytest.raises(TapError, match=r"^interface vn0 cannot be set up"):
+        with pytest.raises(TapError, match=r"^interface vn0 is gone"):
             pair.start()
 
 

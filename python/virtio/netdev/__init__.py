@@ -26,6 +26,7 @@ that follows its port sees to that itself.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -205,7 +206,9 @@ class Netdev(Running):
         except NamespaceError:
             raise
         except OSError as error:
-            raise TapError(error.errno, f"interface {self.name} cannot be set up: {error.strerror}") from None
+            gone = error.errno in (errno.ENODEV, errno.EBADFD, errno.EBADF)
+            why = "is gone" if gone else f"cannot be set up: {error.strerror}"
+            raise TapError(error.errno, f"interface {self.name} {why}") from None
 
     def _counted(self) -> dict[str, Any]:
         pumps = self._pumps

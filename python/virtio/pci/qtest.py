@@ -88,7 +88,8 @@ class QemuMachine:
         if memory_size % (1 << 20) or not 2 * RESERVED <= memory_size <= LARGEST_MEMORY:
             raise ValueError(f"memory size {memory_size} is not a multiple of 1 MiB in {2 * RESERVED}..{LARGEST_MEMORY}")
         if (program := shutil.which(binary)) is None:
-            raise TransportError(f"{binary} not found: install the Debian package qemu-system-x86, or name the program by `binary`")
+            found = "is no program" if os.path.exists(binary) else "not found"
+            raise TransportError(f"{binary} {found}: install the Debian package qemu-system-x86")
         self._lock = RLock()
         self._closed = False
         self._ended: str | None = None
@@ -110,7 +111,8 @@ class QemuMachine:
     @property
     def pid(self) -> int:
         """QEMU's process. StatusError: the machine is closed."""
-        if self._process is None or self._closed:
+        self._check_open()
+        if self._process is None:
             raise StatusError("the machine is closed")
         return self._process.pid
 
@@ -119,8 +121,7 @@ class QemuMachine:
 
         StatusError: the machine is closed.
         """
-        if self._closed:
-            raise StatusError("the machine is closed")
+        self._check_open()
         return list(self._functions)
 
     def wire(self, name: str) -> socket:
@@ -132,8 +133,7 @@ class QemuMachine:
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Gives a command to QEMU's monitor: `qmp("set_link", name="n0", up=False)`. ValueError: QEMU refuses it."""
         instance("command", command, str, "a string")
-        if self._closed:
-            raise StatusError("the machine is closed")
+        self._check_open()
         return self._qmp.run(command.replace("_", "-") if command.startswith("query_") else command, arguments)
 
     def configure(self, operations: Sequence[_Operation]) -> list[int]:
@@ -168,6 +168,7 @@ class QemuMachine:
             self.memory.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -176,6 +177,10 @@ class QemuMachine:
         except BufferError:
             if error is None:  # else what is on its way says more, and holds the frames whose objects use the RAM
                 raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StatusError("the machine is closed")
 
     def _start(
         self,

@@ -132,6 +132,7 @@ class LoopbackTransport:
             event.close()
 
     def __enter__(self) -> Self:
+        _ = self.device
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

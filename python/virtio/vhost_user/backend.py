@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from virtio import arguments
 from virtio._core import EventFd
@@ -91,8 +91,7 @@ class Backend:
             self._connecting = connect
             if not connect:
                 self._listener = listen(self._path)
-        self._epoll = select.epoll()
-        self._wake = EventFd()
+        self._sleep: tuple[select.epoll, EventFd] | None = select.epoll(), EventFd()
         self._epoll.register(self._wake.fileno(), select.EPOLLIN)
         self._stopping = False
         self._closed = False
@@ -111,7 +110,7 @@ class Backend:
         return not self._connections and self._listener is None and not self._connecting
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `process` has something to do."""
+        """A descriptor that is readable when `process` has something to do. StatusError: closed."""
         return self._epoll.fileno()
 
     @property
@@ -129,9 +128,14 @@ class Backend:
         return min(waits, default=None)
 
     def process(self, timeout: float | None = 0.0) -> int:
-        """Handles what there is to do, sleeping up to `timeout` seconds (None: for ever); how many events. StatusError: closed."""
+        """Handles what there is to do, sleeping up to `timeout` seconds (None: for ever); how many events.
+
+        StatusError: closed, by another thread meanwhile too.
+        """
+        if timeout is not None:
+            timeout = arguments.seconds("timeout", timeout)
         if self._closed:
-            raise StatusError("the back-end is closed")
+            self._over()
         if self._connecting and not self._connections and self._retry_at <= time.monotonic():
             self._connect()
         wait = self.wait_time
@@ -163,7 +167,11 @@ class Backend:
 
     def _hear(self, sleep: float) -> tuple[int, list[int]]:
         """Carries out the messages that are there or come within `sleep` seconds; on how many connections, and what else is ready."""
-        events = [descriptor for descriptor, _ in self._epoll.poll(sleep)]
+        epoll, wake = self._sleep or self._over()  # held, so that they stay open until this is awake
+        events = [descriptor for descriptor, _ in epoll.poll(sleep)]
+        del epoll, wake  # which an exception would keep
+        if self._closed:
+            self._over()
         links = {connection.descriptor for connection in self._connections}
         said = [descriptor for descriptor in events if descriptor in links]
         for descriptor in said:
@@ -172,7 +180,7 @@ class Backend:
         return len(said), [descriptor for descriptor in events if descriptor not in links]
 
     def serve(self) -> None:
-        """Processes until `stop`, or until the only connection that there can be has ended."""
+        """Processes until `stop`, or until the only connection that there can be has ended. StatusError: closed meanwhile."""
         while not self._stopping and not self.ended:
             self.process(None)
         self._stopping = False
@@ -196,14 +204,27 @@ class Backend:
             if self._path is not None:
                 with suppress(OSError):
                     os.unlink(self._path)
-        self._epoll.close()
-        self._wake.close()
+        self._wake.signal()
+        self._sleep = None
 
     def __enter__(self) -> Self:
+        if self._closed:
+            self._over()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def _epoll(self) -> select.epoll:
+        return (self._sleep or self._over())[0]
+
+    @property
+    def _wake(self) -> EventFd:
+        return (self._sleep or self._over())[1]
+
+    def _over(self) -> NoReturn:
+        raise StatusError("the back-end is closed")
 
     # For connections.
 
