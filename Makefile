@@ -108,10 +108,10 @@ guest-tools: ## a Linux kernel and busybox for QEMU's guest, where missing
 guest: ## the tests in which a Linux guest in QEMU uses our devices
 	pytest -m guest
 
-dpdk-tools: ## DPDK's testpmd, where missing
+dpdk-tools: ## DPDK's testpmd, Open vSwitch with DPDK, OVN, vhost-device-rng and QEMU's storage daemon, where missing
 	@scripts/dpdk.sh
 
-dpdk: ## the tests in which DPDK's driver uses our device
+dpdk: ## the tests in which DPDK's driver uses our device, and our drivers DPDK's device and others
 	pytest -m dpdk
 
 fuzz-tool:

@@ -1,0 +1,45 @@
+"""DPDK's vhost port as the device of a driver of ours: `with Vhost(path) as device`."""
+
+import os
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from tests.dpdk.testpmd import Testpmd
+
+
+class Vhost:
+    """A network device at `path`, where it listens, or connects with `client`; what it does with frames is `mode`. It may be killed."""
+
+    def __init__(self, path: str, *, mode: str = "macswap", client: bool = False) -> None:
+        self._path, self._mode, self._client = path, mode, client
+        self._testpmd: Testpmd | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, again after `kill`; it forwards when this returns."""
+        if not self._client:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)  # which a killed one left, and the next does not replace
+        device = f"net_vhost0,iface={self._path},queues=1,client={int(self._client)}"
+        # What is there already when forwarding starts is not to be thrown away.
+        self._testpmd = Testpmd(device, mode=self._mode, pump=lambda: time.sleep(0.01), options="--no-flush-rx")
+        self._testpmd.ready().start()
+
+    def received(self) -> int:
+        """Frames that it has received."""
+        assert self._testpmd is not None
+        return self._testpmd.received()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        testpmd, self._testpmd = self._testpmd, None
+        if testpmd is not None:
+            testpmd.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
