@@ -15,7 +15,7 @@ from threading import Lock, RLock
 from time import monotonic, sleep
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Final, NamedTuple, Self
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 from virtio import arguments
 from virtio._core import DriverQueue, EventFd, Memory
@@ -147,6 +147,9 @@ class Driver:
         self._queues_reset: set[int] = set()
         self._buffers: list[int] = []
         self._serve: Callable[[], int] | None = transport.serve if isinstance(transport, Alternating) else None
+        if isinstance(transport, Resuming):
+            resumed = WeakMethod(self.resumed)  # a driver that nobody keeps is not kept by its transport
+            transport.on_resumed = lambda: (call := resumed()) and call()
         self._watch: Watch | None = Watch([transport.config_interrupt])
         transport.config_interrupt.tell_closed(self._watch.over)
 
@@ -235,6 +238,12 @@ class Driver:
         """What the transport offers, less what a driver could make no use of where the configuration cannot be read."""
         offered = self.transport.offered()
         return offered if getattr(self.transport, "has_config", True) else offered - self.told_in_config
+
+    def resumed(self) -> None:
+        """For device types whose device knows more than its queues: tells it to another one, which has taken the first one's place.
+
+        Called in a thread of the transport's. An exception makes it a device that needs a reset.
+        """
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Configuration bytes of one generation (2.5.1). Fields of optional features must be asked for only if those are offered.

@@ -91,7 +91,9 @@ def _device(kind: str, options: dict[str, Any]) -> Device:
         numbers = iter(range(1 << 62))
         return RngDevice(lambda count: bytes(next(numbers) % 251 for _ in range(count)))
     mac = bytes.fromhex(options.get("mac", "02000000aa01"))
-    return Echo(mac=mac, mtu=options.get("mtu"), offered=None if offered is None else Features(offered))
+    return Echo(
+        mac=mac, mtu=options.get("mtu"), queue_pairs=options.get("queue_pairs", 1), offered=None if offered is None else Features(offered)
+    )
 
 
 def _listen_to_input(backend: Backend, device: Device) -> None:

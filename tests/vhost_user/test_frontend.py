@@ -344,3 +344,21 @@ def test_features_that_the_back_end_refuses_do_not_stick(path: str) -> None:
         driver.reset()
         with pytest.raises(FeatureNegotiationError):
             driver.negotiate(required={Feature.IN_ORDER, Feature.NOTIFICATION_DATA})
+
+
+def test_queue_pairs_are_in_use_again_when_the_back_end_is_back(path: str, ring_features: Features) -> None:
+    with (
+        Serving(path, queue_pairs=2) as backend,
+        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        NetDriver(transport, queue_pairs=2, wanted=ring_features | {NetFeature.MAC}) as net,
+    ):
+        assert transport.num_queues == 5
+        assert net.active_pairs == 2
+        for number in range(3):
+            assert net.pair(1).send_frames(frames(5, 100 * number)) == 5
+            got: list[bytes] = []
+            while frames(1, 100 * number + 4)[0] not in got:
+                assert net.wait(PATIENCE)
+                got += net.receive_frames()
+            backend.kill()
+            backend.start()

@@ -172,6 +172,12 @@ class Commands:
             raise TransportError(f"the device answers VQ_PAIRS_SET {pairs} with ERR, though it names as many pairs (5.1.6.5.5)")
         self._use(pairs)
 
+    @locked
+    def resumed(self) -> None:
+        """Tells a device that has taken another's place how many pairs are in use."""
+        if self._control is not None and self._active > 1:
+            self.use_pairs(self._active)
+
     def _use(self, pairs: int) -> None:
         if pairs != self._active:
             self._active = pairs

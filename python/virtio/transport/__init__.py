@@ -1,5 +1,6 @@
 """What every transport is (4): the way from a driver to one device. It names no device type, and a device type names no transport."""
 
+from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
 from virtio import arguments
@@ -140,6 +141,9 @@ class Resume(Protocol):
 @runtime_checkable
 class Resuming(Protocol):
     """A transport whose device may end, and another take its place, while the driver's queues stay as they are."""
+
+    on_resumed: Callable[[], object] | None
+    """Called, in a thread of its own, when another device has taken the place. An exception makes it one that needs a reset."""
 
     def queue_resumes(self, index: int, resume: Resume) -> None:
         """Keeps what to ask for queue `index`, which was set up just now."""

@@ -110,6 +110,9 @@ class VhostUserTransport:
         self._told_queues: int | None = None
         self._reconnections = 0
         self._closing = self._closed = False
+        self._callers: list[Thread] = []
+        self.on_resumed: Callable[[], object] | None = None
+        """See `Resuming`."""
         self._retry, self._retry_at = RETRY, 0.0
         self._config_interrupt = EventFd()
         self._wake = EventFd()
@@ -348,8 +351,9 @@ class VhostUserTransport:
                 with suppress(VirtioError):  # what is gone needs no reset
                     self._setup.reset(self._frontend)
             self._back.notify_all()
-        if current_thread() is not self._helper:
-            self._helper.join()
+        for thread in (self._helper, *self._callers):
+            if thread is not current_thread():
+                thread.join()
         self._release()
 
     def __enter__(self) -> Self:
@@ -533,6 +537,20 @@ class VhostUserTransport:
         self._reconnections += 1
         self._tell()
         self._back.notify_all()
+        self._callers = [thread for thread in self._callers if thread.is_alive()]
+        if self.on_resumed is not None and self._setup.live and not self._fault:
+            self._callers.append(Thread(target=self._call, args=(self.on_resumed,), name="virtio-vhost-user-resumed", daemon=True))
+            self._callers[-1].start()
+
+    def _call(self, resumed: Callable[[], object]) -> None:
+        try:
+            resumed()
+        except Exception as error:
+            with self._lock:
+                if not self._closing and self._setup.live:
+                    _log.warning("%s: the device needs a reset: %s", self._source.name, error)
+                    self._fault = Status.NEEDS_RESET
+                    self._tell()
 
     def _release(self) -> None:
         """Closes everything that is its own."""
