@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 
 from tests.pair import BASE, Pair
-from virtio import BufferPool, DeviceQueue, DriverQueue, EventFd, GuestMemory, Memory, layout, need_event
+from virtio import (
+    BufferPool,
+    DeviceQueue,
+    DriverQueue,
+    EventFd,
+    GuestMemory,
+    Memory,
+    NetDevice,
+    NetDriver,
+    StatusError,
+    layout,
+    need_event,
+)
+from virtio.transport.loopback import LoopbackTransport
 
 SIZE = 1 << 20
 
@@ -172,6 +185,12 @@ LIMITS: list[tuple[str, Call]] = [
     ("region length 0 is not in 1 to 16320", lambda p, _: p.guest.add(0, p.own, offset=64, length=0)),
     ("offset 16384 is not in 0 to 16383", lambda p, _: p.guest.add(0, p.own, offset=64 * 256)),
     ("burst row 0 is not below the burst's count, 0", lambda p, _: p.pool.burst(4).tobytes(0)),
+    ("value -1 is not in 0 to 255$", lambda p, _: p.memory.store(0, 1, -1)),
+    ("value 65536 is not in 0 to 65535$", lambda p, _: p.memory.store(0, 2, 1 << 16)),
+    ("width 16 is not 1, 2, 4 or 8 bytes", lambda p, _: p.memory.store(0, 16, 1)),
+    ("chain limit 0 is not in 1 to 1024", lambda p, _: DeviceQueue(p.guest, 8, p.driver.areas, chain_limit=0)),
+    ("chain limit 5000 is not in 1 to 1024", lambda p, _: DeviceQueue(p.guest, 8, p.driver.areas, chain_limit=5000)),
+    ("huge page size 3 is not a power of two from 4096 on", lambda p, _: Memory(4096, huge_page_size=3)),
     ("timeout -1.0 s is not 0 or more", lambda p, _: EventFd().wait(-1)),
     ("timeout NaN s is not 0 or more", lambda p, _: EventFd().wait(float("nan"))),
 ]
@@ -194,3 +213,30 @@ def test_arguments_of_no_region_change_nothing() -> None:
     with pytest.raises(TypeError, match="address"):
         guest.add("0", Memory(4096))  # type: ignore[arg-type]
     assert guest.regions == []
+
+
+def test_a_frame_that_is_none_is_named() -> None:
+    with LoopbackTransport(device := NetDevice()) as transport, NetDriver(transport) as net:
+        for port in (net, device):
+            for frames, number in (([bytes(60), None], 1), ((bytes(60), bytes(60), "x"), 2), (b"abc", 0)):
+                with pytest.raises(TypeError, match=f"^frame {number}: "):
+                    port.send_frames(frames)  # type: ignore[arg-type]
+
+
+def test_what_the_system_refuses_is_said_once_with_the_size() -> None:
+    with pytest.raises(OSError, match="memory of 1125899906842624 bytes: ") as caught:
+        Memory(1 << 50)
+    assert "os error" not in str(caught.value)
+
+
+def test_objects_show_what_they_are() -> None:
+    pair = Pair("packed", 8)
+    assert repr(pair.driver) == "<virtio.DriverQueue 0: packed, 8 entries>"
+    assert repr(pair.device) == "<virtio.DeviceQueue 0: packed, 8 entries>"
+    assert repr(pair.guest) == f"<virtio.GuestMemory of {len(pair.guest.regions)} regions>"
+    memory = Memory(4096)
+    assert repr(memory) == "<virtio.Memory of 4096 bytes>"
+    memory.close()
+    assert repr(memory) == "<virtio.Memory of 4096 bytes, closed>"
+    with pytest.raises(StatusError, match="the memory is closed"), memory:
+        pass

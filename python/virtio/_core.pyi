@@ -93,7 +93,7 @@ class Memory(Buffer):
     def read(self, offset: int, length: int) -> bytes:
         """A copy of `length` bytes. ValueError: they are not all inside. StatusError: closed."""
     def write(self, offset: int, data: Buffer) -> None:
-        """Copies `data` in. ValueError: it does not fit inside. StatusError: closed."""
+        """Copies `data` in. ValueError: it does not fit inside. BufferError: its bytes are not one after another. StatusError: closed."""
     def load(self, offset: int, width: int) -> int:
         """One atomic little-endian load of `width` bytes (1, 2, 4, 8), with acquire. ValueError: outside, unaligned, or no such width."""
     def store(self, offset: int, width: int, value: int) -> None:
@@ -101,7 +101,7 @@ class Memory(Buffer):
     def close(self) -> None:
         """Unmaps the memory and closes its descriptor; again does nothing. BufferError: queues, pools, regions or views use it."""
     def __enter__(self) -> Self:
-        """The memory itself."""
+        """The memory itself. StatusError: closed."""
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """As `close`."""
     if sys.version_info >= (3, 12):
@@ -169,7 +169,7 @@ class EventFd:
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until it is signalled, at most `timeout` seconds; True if it is. The signals stay.
 
-        ValueError: a negative timeout. StatusError: closed, by another thread meanwhile too.
+        ValueError: a negative timeout, or NaN. StatusError: closed, by another thread meanwhile too.
         """
     def tell_closed(self, event: EventFd) -> None:
         """Signals `event` when this one is closed; at once if it is. For those who sleep on the descriptor."""

@@ -137,7 +137,7 @@ pub enum MemoryError {
         len: u64,
     },
     /// Something still uses the memory.
-    #[error("in use by {exports} queues, pools, regions or views")]
+    #[error("in use by {exports} of queues, pools, regions and views")]
     InUse {
         /// How many users there are.
         exports: usize,

@@ -146,7 +146,8 @@ impl DeviceQueue {
         let max_size = max_size.within("maximum queue size", 1, virtqueue::spec::MAX_SIZE.into())?;
         let mut ring = Ring::new(&size, &features, &index, max_size)?;
         ring.areas = areas_of(areas)?;
-        let limit = chain_limit.map(|limit| limit.within("chain limit", 1, 32768)).transpose()?;
+        let most = ring.size.max(virtqueue::spec::MAX_CHAIN);
+        let limit = chain_limit.map(|limit| limit.within("chain limit", 1, most.into())).transpose()?;
         let limit = check_chain_limit(ring.size, limit)?;
         let view = memory.get().regions.view();
         let spans = spans(&view, ring.format, ring.size, ring.areas)?;
@@ -166,6 +167,10 @@ impl DeviceQueue {
         let bursts = DeviceBursts::new(&queue);
         let open = Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None };
         Ok(DeviceQueue { shared: Arc::new(Shared::new(ring, open)) })
+    }
+
+    fn __repr__(&self) -> String {
+        self.shared.ring.shown("DeviceQueue")
     }
 
     /// How many entries there are.

@@ -255,6 +255,10 @@ impl DriverQueue {
         Ok(DriverQueue { core: Core::new(ring, open) })
     }
 
+    fn __repr__(&self) -> String {
+        self.ring.shown("DriverQueue")
+    }
+
     /// How many entries there are.
     #[getter]
     fn size(&self) -> u16 {

@@ -91,6 +91,18 @@ impl Error {
         }
     }
 
+    /// The same, with what it is about in front, if the system refused that.
+    #[cold]
+    pub fn of_system(self, what: &str) -> Self {
+        match self {
+            Error::Memory(MemoryError::Os { errno, operation }) => {
+                let error = MemoryError::Os { errno, operation };
+                Error::Python(PyOSError::new_err((errno, format!("{what}: {}", shown(&error, errno)))))
+            }
+            other => other,
+        }
+    }
+
     /// Use of something that was closed.
     pub fn closed(what: &str) -> Self {
         Error::Status(format!("the {what} is closed"))
@@ -150,10 +162,15 @@ pub fn latch(py: Python<'_>, format: Format, error: Error) -> (Error, Option<Py<
     (Error::Python(exception), kept)
 }
 
+/// The text of an error of the system's, without the number that an OSError has in front.
+fn shown(error: &MemoryError, errno: i32) -> String {
+    error.to_string().replace(&format!(" (os error {errno})"), "")
+}
+
 fn memory(error: &MemoryError) -> PyErr {
     let message = error.to_string();
     match error {
-        MemoryError::Os { errno, .. } | MemoryError::HugePages { errno, .. } => PyOSError::new_err((*errno, message)),
+        MemoryError::Os { errno, .. } | MemoryError::HugePages { errno, .. } => PyOSError::new_err((*errno, shown(error, *errno))),
         MemoryError::InUse { .. } => PyBufferError::new_err(message),
         MemoryError::Closed => class(&STATUS_ERROR, "StatusError", (message,)),
         _ => PyValueError::new_err(message),

@@ -42,6 +42,10 @@ impl GuestMemory {
         GuestMemory { regions: virtio_memory::GuestMemory::new(), uses: Mutex::default() }
     }
 
+    fn __repr__(&self, py: Python<'_>) -> String {
+        format!("<virtio.GuestMemory of {} regions>", lock(py, &self.uses).len())
+    }
+
     /// Adds a region: `length` bytes (by default all) of `memory` from `offset`, which the device sees at `address`.
     #[pyo3(signature = (address, memory, *, offset = Int::new(0), length = None),
            text_signature = "($self, address, memory, *, offset=0, length=None)")]

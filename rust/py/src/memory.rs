@@ -112,17 +112,29 @@ impl Memory {
     }
 }
 
+/// Bytes of one access.
+fn word(width: &Int) -> Result<usize, Error> {
+    match width.bytes("width")? {
+        width @ (1 | 2 | 4 | 8) => Ok(width),
+        width => Err(MemoryError::BadWidth { width }.into()),
+    }
+}
+
 #[pymethods]
 impl Memory {
     #[new]
     #[pyo3(signature = (size, *, name = "virtio", huge_page_size = None))]
     fn new(size: Int, name: &str, huge_page_size: Option<Int>) -> Result<Self, Error> {
         let size = size.within("memory size", 1, i64::MAX.into())?;
-        let huge = huge_page_size.map(|page| page.within("huge page size", 1, i64::MAX.into())).transpose()?;
+        let huge: Option<usize> = huge_page_size.map(|page| page.within("huge page size", 1, i64::MAX.into())).transpose()?;
+        if let Some(page) = huge.filter(|page| !page.is_power_of_two() || *page < 4096) {
+            return Err(Error::Value(format!("huge page size {page} is not a power of two from 4096 on")));
+        }
         if name.len() > 249 || name.contains('\0') {
             return Err(Error::Value(format!("memory name {name:?} is longer than 249 bytes, or has a NUL")));
         }
-        Ok(Memory::over(Mapping::memfd(size, name, HugePages::from(huge))?))
+        let mapping = Mapping::memfd(size, name, HugePages::from(huge));
+        Ok(Memory::over(mapping.map_err(|error| Error::from(error).of_system(&format!("memory of {size} bytes")))?))
     }
 
     /// Maps `size` bytes of a file that somebody passed, from `offset` on (no alignment needed).
@@ -205,14 +217,14 @@ impl Memory {
 
     /// One atomic little-endian load of `width` bytes (1, 2, 4, 8), with acquire.
     fn load(&self, py: Python<'_>, offset: Int, width: Int) -> Result<u64, Error> {
-        let (offset, width) = (self.offset(&offset)?, width.within("width", 1, 8)?);
+        let (offset, width) = (self.offset(&offset)?, word(&width)?);
         Ok(self.mapping(py)?.load(offset, width)?)
     }
 
     /// One atomic little-endian store, with release.
     fn store(&self, py: Python<'_>, offset: Int, width: Int, value: Int) -> Result<(), Error> {
-        let (offset, width) = (self.offset(&offset)?, width.within("width", 1, 8)?);
-        let value = value.within("value", 0, u64::MAX.into())?;
+        let (offset, width) = (self.offset(&offset)?, word(&width)?);
+        let value = value.within("value", 0, (1 << (8 * width)) - 1)?;
         Ok(self.mapping(py)?.store(offset, width, value)?)
     }
 
@@ -230,8 +242,13 @@ impl Memory {
     }
 
     /// The memory itself.
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
+    fn __enter__(slf: Bound<'_, Self>) -> Result<Bound<'_, Self>, Error> {
+        slf.get().mapping(slf.py())?;
+        Ok(slf)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        format!("<virtio.Memory of {} bytes{}>", self.size, if self.closed(py) { ", closed" } else { "" })
     }
 
     /// As `close`.

@@ -3,7 +3,7 @@
 use crate::args::{Int, Mask};
 use crate::buffer::Bytes;
 use crate::burst::Burst;
-use crate::errors::Error;
+use crate::errors::{Error, named};
 use crate::lock::lock;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -48,12 +48,17 @@ pub fn outgoing<'py>(frames: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBy
     };
     if let Ok(list) = frames.cast::<PyList>() {
         let mut found = Vec::with_capacity(list.len());
-        for item in list {
-            found.push(bytes(item)?);
+        for (number, item) in list.iter().enumerate() {
+            found.push(bytes(item).map_err(|error| nth(number, error))?);
         }
         return Ok(found);
     }
-    frames.try_iter()?.map(|item| bytes(item?)).collect()
+    frames.try_iter()?.enumerate().map(|(number, item)| bytes(item?).map_err(|error| nth(number, error))).collect()
+}
+
+#[cold]
+fn nth(number: usize, error: PyErr) -> PyErr {
+    named(&format!("frame {number}"), error)
 }
 
 #[cold]

@@ -35,6 +35,11 @@ impl Ring {
         }
     }
 
+    /// A queue of this class, as Python shows it.
+    pub fn shown(&self, class: &str) -> String {
+        format!("<virtio.{class} {}: {}, {} entries>", self.index, self.name(), self.size)
+    }
+
     /// Descriptor, driver and device area.
     pub fn addresses(&self) -> (u64, u64, u64) {
         (self.areas.descriptor, self.areas.driver, self.areas.device)
