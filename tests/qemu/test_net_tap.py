@@ -17,3 +17,10 @@ def test_offloads_pass_both_ways(binary: str, ring_format: str, buffers: str, wh
     command = [*NAMESPACE, sys.executable, "-m", "tests.qemu.tap_session", binary, ring_format, buffers, what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("vectors", [10, 4, 0])
+def test_four_queue_pairs(binary: str, ring_format: str, vectors: int) -> None:
+    command = [*NAMESPACE, sys.executable, "-m", "tests.qemu.pairs_session", binary, ring_format, str(vectors)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
