@@ -192,8 +192,6 @@ def serve_net(
         other = "--peer" if wishes["peer"] is not None else "--pcap"
         hint = "" if other == "--peer" else f": run tcpdump -i {wishes['tap']} beside it"
         raise click.UsageError(f"--tap does not go together with {other}{hint}")
-    if wishes["tap"] is not None and wishes["queue_pairs"] > 1:
-        raise click.UsageError("--tap has one queue pair: leave --queue-pairs out")
     from virtio.cli.serve_net import Wishes, serve_net
 
     with ExitStack() as stack:

@@ -64,7 +64,7 @@ def _serve_tap(served: Served, where: Place, wishes: Wishes, withheld: Features)
         check_name(wishes.tap)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tap") from None
-    device = NetDevice(mac=wishes.mac, mtu=wishes.mtu)
+    device = NetDevice(mac=wishes.mac, mtu=wishes.mtu, queue_pairs=wishes.queue_pairs)
     interface = served.stack.enter_context(Netdev(device, wishes.tap))
     served.add(where, device, Interfaces(device, interface), f"a network device with the interface {wishes.tap} as its far end", withheld)
     served.ends.append(interface)

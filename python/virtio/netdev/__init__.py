@@ -87,10 +87,13 @@ class Netdev(Running):
         given, and on a device's side a random one: the interface there is not the device, but what the device is plugged into. `mtu` is the
         port's if not given. `address` is an address with its prefix length, "192.0.2.1/24", or several, of which one may be of IPv4.
 
+        It has as many queues as the port has queue pairs, 256 at most, and two threads run for each that is in use.
+
         TypeError: not a port, or an argument of another type. ValueError: a name, MTU or address that cannot be. NamespaceError: no such
         namespace. TapPermissionError, NameTakenError, TapError: the interface cannot be had.
         """
-        self._tap = -1
+        self._taps: list[int] = []
+        self._detached: set[int] = set()
         self._namespace = -1
         self._end = end_of(port)
         self.port: Final = port
@@ -98,7 +101,7 @@ class Netdev(Running):
         addresses = tap.each(address)
         self.mtu: Final = self._end.mtu(mtu)
         mac = self._end.mac if mac is None else arguments.mac("mac", mac)
-        self._pumps: Pumps | None = None
+        self._pumps: list[Pumps] = []
         self._totals: dict[str, Any] = {}
         self._carrier = True
         self._plugged = False
@@ -112,7 +115,8 @@ class Netdev(Running):
             if namespace is not None:
                 self._namespace = copied(namespace)
             self._interface = Interface(name, self._namespace if namespace is not None else None)
-            self._tap = open_tap(name, namespace=self._namespace if namespace is not None else None)
+            queues = min(self._end.queue_pairs, tap.MAX_QUEUES)
+            self._taps = tap.open_queues(name, queues, namespace=self._namespace if namespace is not None else None)
             with self._setting():
                 if mac is not None:
                     self._interface.mac = mac
@@ -143,7 +147,7 @@ class Netdev(Running):
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Of each direction, as the port sees it, what its pump counted: `transmit` serves transmitq1, `receive` receiveq1.
+        """Of each direction, as the port sees it, what its pumps counted: `transmit` serves the transmit queues, `receive` the others.
 
         Both go on over stops.
         """
@@ -151,6 +155,8 @@ class Netdev(Running):
 
     def start(self) -> None:
         """Plugs it in: frames move from now on, and the carrier follows the port's link.
+
+        It takes the queue pairs that are in use then: for others stop it and start it again, or `follow`.
 
         StatusError: it runs, is closed or belongs to a pair, the port is not live, or another interface on it is started and not stopped
         yet. ValueError: a driver's slots are too small for what was negotiated. TapError: the interface is gone.
@@ -211,8 +217,10 @@ class Netdev(Running):
             raise TapError(error.errno, f"interface {self.name} {why}") from None
 
     def _counted(self) -> dict[str, Any]:
-        pumps = self._pumps
-        return {} if pumps is None else {"transmit": pumps.transmit.statistics, "receive": pumps.receive.statistics}
+        found: dict[str, Any] = {}
+        for pumps in list(self._pumps):
+            found = add_statistics(found, {"transmit": pumps.transmit.statistics, "receive": pumps.receive.statistics})
+        return found
 
     def _check_alone(self, step: str) -> None:
         if self._owner is not None:
@@ -229,10 +237,15 @@ class Netdev(Running):
             if _claims.get(id(self.port)) is self:
                 del _claims[id(self.port)]
 
-    def _plug(self) -> Pumps:
+    def _plug(self) -> list[Pumps]:
         """Makes the pumps, and brings the interface up."""
         with self._setting():
-            self._pumps = self._end.pumps(self._tap, self.mtu)
+            pairs = dict(zip(self._end.live_pairs(), self._taps, strict=False))
+            for queue in self._taps:  # no frames for pairs that are not in use
+                if (wanted := queue in pairs.values()) is (queue in self._detached):
+                    tap.attach_queue(queue, wanted)
+                    self._detached ^= {queue}
+            self._pumps = self._end.pumps(pairs, self.mtu)
             self._plugged = True
             self._carry(self.port.link)
             self._interface.up()
@@ -240,10 +253,10 @@ class Netdev(Running):
 
     def _pull(self) -> None:
         """The pumps have ended."""
-        if (pumps := self._pumps) is not None:
-            self._totals = self.statistics
-            self._pumps = None
-            for pump in pumps:
+        self._totals = self.statistics
+        pumps, self._pumps = self._pumps, []
+        for pair in pumps:
+            for pump in pair:
                 pump.close()
 
     def _unplug(self) -> None:
@@ -273,15 +286,16 @@ class Netdev(Running):
         if os.getpid() != self._process:  # the cable is the parent's
             return
         with self._carrying, suppress(OSError):  # an interface that is gone is noticed by its pumps
-            if up != self._carrier and self._tap >= 0:
+            if up != self._carrier and self._taps:
                 self._carrier = up
-                tap.set_carrier(self._tap, up)
+                tap.set_carrier(self._taps[0], up)
 
     def _remove(self) -> None:
-        for descriptor in (self._tap, self._namespace):
+        taps, self._taps = self._taps, []
+        for descriptor in (*taps, self._namespace):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._tap = self._namespace = -1
+        self._namespace = -1
         if self._link_hook is not None and self.port.on_link is self._link_hook:
             self.port.on_link = self._linked_before
 

@@ -1,7 +1,7 @@
 """What a kernel interface needs of a port: which end it is, its queues, what it negotiated, and the two pumps that follow from that."""
 
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from virtio import arguments
 from virtio._core import BufferPool, DeviceQueue, DriverQueue, EventFd, Pump
@@ -24,8 +24,6 @@ MAX_MTU: Final = 65521
 """What the kernel allows a TAP."""
 
 _MTU: Final = 3
-_RECEIVEQ1: Final = 0
-_TRANSMITQ1: Final = 1
 
 
 class LinkEnd(Protocol):
@@ -109,8 +107,16 @@ class DriverEnd(LinkEnd, Protocol):
         """Reads status and link. DeviceNeedsReset, TransportError: the device says so, or is gone."""
 
 
+@runtime_checkable
+class Paired(Protocol):
+    """A driver's end with several queue pairs: `NetDriver`."""
+
+    def pair(self, number: int) -> Any:
+        """One of them, with `receiveq` and `transmitq`."""
+
+
 class Pumps(NamedTuple):
-    """The pumps of one port and its TAP, by the queue that they serve."""
+    """The pumps of one queue pair and its queue of the TAP, by the queue that they serve."""
 
     transmit: Pump
     receive: Pump
@@ -141,8 +147,17 @@ class End:
         """What was negotiated."""
         raise NotImplementedError
 
-    def pumps(self, descriptor: int, mtu: int) -> Pumps:
-        """Sets the TAP's offloads and makes its pumps. StatusError: the port is not live. ValueError: its slots are too small."""
+    @property
+    def queue_pairs(self) -> int:
+        """How many queue pairs the port has."""
+        return int(getattr(self.port, "queue_pairs", 1))
+
+    def live_pairs(self) -> list[int]:
+        """Those that are live and in use. StatusError: none is, as the port is not live."""
+        raise NotImplementedError
+
+    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
+        """Sets the TAP's offloads and makes its pumps, for pairs with these descriptors of its queues. ValueError: slots are too small."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -167,18 +182,26 @@ class _Driver(End):
     def check(self) -> None:
         self.port.check()
 
-    def pumps(self, descriptor: int, mtu: int) -> Pumps:
+    def live_pairs(self) -> list[int]:
+        if self.port.state is not DriverState.DRIVER_OK:
+            raise StatusError(f"the driver's device is not live (driver: {self.port.state}): restart it first")
+        return list(range(getattr(self.port, "active_pairs", 1)))
+
+    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
         port, features = self.port, self.features
-        if port.state is not DriverState.DRIVER_OK:
-            raise StatusError(f"the driver's device is not live (driver: {port.state}): restart it first")
         wanted = tap.offloads(features, driver=True)
         payload, needed = port.pool.slot_size - BufferPool.HEADROOM, mtu + AROUND_PACKET
         if not wanted & tap.SEGMENTATION and payload < needed:
             raise ValueError(f"slots of {port.pool.slot_size} bytes hold frames of {payload}, and an MTU of {mtu} makes them {needed}")
-        tap.set_offloads(descriptor, port.header_size, wanted)
-        inwards, outwards = (port.transport.interrupt(index) for index in (_RECEIVEQ1, _TRANSMITQ1))
-        transmit = Pump.driver_transmit(port.transmitq, port.pool, descriptor, features=features, interrupt=outwards)
-        return Pumps(transmit, Pump.driver_receive(port.receiveq, port.pool, descriptor, features=features, interrupt=inwards))
+        tap.set_offloads(next(iter(descriptors.values())), port.header_size, wanted)
+        found = []
+        for pair, descriptor in descriptors.items():
+            queues = port.pair(pair) if isinstance(port, Paired) else port
+            inwards, outwards = (port.transport.interrupt(index) for index in (2 * pair, 2 * pair + 1))
+            transmit = Pump.driver_transmit(queues.transmitq, port.pool, descriptor, features=features, interrupt=outwards)
+            receive = Pump.driver_receive(queues.receiveq, port.pool, descriptor, features=features, interrupt=inwards)
+            found.append(Pumps(transmit, receive))
+        return found
 
 
 class _Device(End):
@@ -188,20 +211,28 @@ class _Device(End):
     def features(self) -> Features:
         return self.port.accepted
 
-    def pumps(self, descriptor: int, mtu: int) -> Pumps:
-        port, features = self.port, self.features
-        queues = [(port.queue(index), port.doorbell(index)) for index in (_RECEIVEQ1, _TRANSMITQ1)]
-        (receiveq, filled), (transmitq, sent) = queues
-        status = port.status
-        live = Status.DRIVER_OK in status and Status.NEEDS_RESET not in status
-        if not live or receiveq is None or transmitq is None or filled is None or sent is None:
+    def live_pairs(self) -> list[int]:
+        status, found = self.port.status, []
+        if Status.DRIVER_OK in status and Status.NEEDS_RESET not in status:
+            pairs = range(getattr(self.port, "active_pairs", 1))
+            found = [pair for pair in pairs if all(self.port.queue(index) is not None for index in (2 * pair, 2 * pair + 1))]
+        if not found:
             raise StatusError(f"the device is not live (status {int(status):#x}): its driver has to initialize it first")
-        wanted = tap.offloads(features, driver=False)
-        taken = tap.set_offloads(descriptor, port.header_size, wanted)
+        return found
+
+    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
+        port, features = self.port, self.features
+        taken = tap.set_offloads(next(iter(descriptors.values())), port.header_size, tap.offloads(features, driver=False))
         longest = MAX_FRAME if taken & tap.SEGMENTATION else mtu + AROUND_PACKET
-        transmit = Pump.device_transmit(transmitq, descriptor, features=features, doorbell=sent)
-        receive = Pump.device_receive(receiveq, descriptor, features=features, doorbell=filled, longest=longest)
-        return Pumps(transmit, receive)
+        found = []
+        for pair, descriptor in descriptors.items():
+            (receiveq, filled), (transmitq, sent) = ((port.queue(index), port.doorbell(index)) for index in (2 * pair, 2 * pair + 1))
+            if receiveq is None or transmitq is None or filled is None or sent is None:
+                raise StatusError(f"queue pair {pair} was taken off meanwhile")
+            transmit = Pump.device_transmit(transmitq, descriptor, features=features, doorbell=sent)
+            receive = Pump.device_receive(receiveq, descriptor, features=features, doorbell=filled, longest=longest)
+            found.append(Pumps(transmit, receive))
+        return found
 
     def failed(self) -> None:
         """A driver that broke a rule has to reset the device (2.1.2)."""

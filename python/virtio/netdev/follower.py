@@ -74,7 +74,7 @@ class Follower:
     def watch(self, stop: EventFd) -> None:
         """Until `stop` is signalled: tells of errors, pulls the cable after a while without a port, and notices that the TAP is gone."""
         interface = self._interface
-        tap = interface._tap
+        tap = interface._taps[0]
         try:
             while True:
                 life = interface._life

@@ -19,9 +19,9 @@ class Member(Protocol):
     """An interface, for what runs it."""
 
     _end: End
-    _pumps: Pumps | None
+    _pumps: list[Pumps]
 
-    def _plug(self) -> Pumps:
+    def _plug(self) -> list[Pumps]:
         """Makes the pumps, and brings the interface up."""
 
     def _pull(self) -> None:
@@ -41,7 +41,7 @@ class Member(Protocol):
 
 
 class Life:
-    """What runs from one start to the next stop: a thread for each direction."""
+    """What runs from one start to the next stop: a thread for each direction of each queue pair."""
 
     def __init__(self, groups: Sequence[list[Pump]]) -> None:
         self._pumps = [pump for group in groups for pump in group]
@@ -219,8 +219,9 @@ class Running:
             watcher[1].close()
         self._ended.close()
         for member in self._members:
-            for pump in member._pumps or ():
-                pump.close()
+            for pumps in member._pumps:
+                for pump in pumps:
+                    pump.close()
             member._remove()
 
     def _check_caller(self) -> None:
@@ -233,14 +234,14 @@ class Running:
 
     def _begin(self) -> None:
         """Starts pumps. StatusError, ValueError, TapError: as `Netdev.start`."""
-        groups: list[list[Pump]] = [[], []]
+        groups: dict[tuple[int, str], list[Pump]] = {}
         try:
             # The end that writes frames to the queue goes first, so that the other finds them in the same round.
             for member in self._members:
-                pumps = member._plug()
-                groups[0].append(pumps.transmit)
-                groups[1].append(pumps.receive)
-            self._life = Life(groups)
+                for number, pumps in enumerate(member._plug()):
+                    groups.setdefault((number, "transmit"), []).append(pumps.transmit)
+                    groups.setdefault((number, "receive"), []).append(pumps.receive)
+            self._life = Life(list(groups.values()))
             self._life.begin()
         except BaseException:
             self._halt()

@@ -15,14 +15,20 @@ from virtio.features import Features
 from virtio.netdev.namespace import bring_up, inside
 
 TUN: Final = "/dev/net/tun"
+MAX_QUEUES: Final = 256
+"""Queues of a TAP, at most."""
 LONGEST_NAME: Final = 15
 """Bytes of an interface's name, at most."""
 
 _TUNSETIFF: Final = 0x4004_54CA
 _TUNSETOFFLOAD: Final = 0x4004_54D0
+_TUNSETQUEUE: Final = 0x4004_54D9
 _TUNSETVNETHDRSZ: Final = 0x4004_54D8
 _TUNSETCARRIER: Final = 0x4004_54E2
 _IFF_TAP: Final = 2
+_IFF_MULTI_QUEUE: Final = 0x0100
+_IFF_ATTACH_QUEUE: Final = 0x0200
+_IFF_DETACH_QUEUE: Final = 0x0400
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _SIOCSIFADDR: Final = 0x8916
@@ -81,7 +87,25 @@ def open_tap(name: str, *, namespace: int | None = None, header: bool = True) ->
     `namespace` is a descriptor of the network namespace where it is to be: without it, that of the calling thread. With `header` each frame
     has a header before it (IFF_VNET_HDR). ValueError: no such name can be. TapPermissionError, NameTakenError, TapError: it cannot be had.
     """
+    return open_queues(name, 1, namespace=namespace, header=header)[0]
+
+
+def open_queues(name: str, queues: int, *, namespace: int | None = None, header: bool = True) -> list[int]:
+    """As `open_tap`, with so many queues (`MAX_QUEUES` at most), a descriptor each. The kernel sends a flow to the queue where it wrote."""
+    found: list[int] = []
+    try:
+        for _ in range(queues):
+            found.append(_open_queue(name, namespace, header=header, several=queues > 1, first=not found))
+    except BaseException:
+        for descriptor in found:
+            os.close(descriptor)
+        raise
+    return found
+
+
+def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool, first: bool) -> int:
     data = os.fsencode(check_name(name))
+    flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0) | (_IFF_MULTI_QUEUE if several else 0)
     with inside(namespace) if namespace is not None else nullcontext():
         try:
             tap = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -93,9 +117,9 @@ def open_tap(name: str, *, namespace: int | None = None, header: bool = True) ->
             raise TapError(number, f"{TUN} cannot be opened ({error.strerror}): the kernel's module tun is not there") from None
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-                if _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
+                if first and _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
                     raise NameTakenError(errno.EEXIST, f"interface {name} is there already: choose another name")
-            fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0)))
+            fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, flags))
         except OSError as error:
             os.close(tap)
             raise _refused(name, error) from None
@@ -143,6 +167,11 @@ def set_offloads(tap: int, header_size: int, wanted: int) -> int:
         wanted &= ~_USO  # kernels before 6.2
         fcntl.ioctl(tap, _TUNSETOFFLOAD, wanted)
     return wanted
+
+
+def attach_queue(tap: int, attached: bool) -> None:
+    """Has the kernel send frames to this queue, or not any more; nothing is written to a queue either that is not attached."""
+    fcntl.ioctl(tap, _TUNSETQUEUE, struct.pack("16sH22x", b"", _IFF_ATTACH_QUEUE if attached else _IFF_DETACH_QUEUE))
 
 
 def set_carrier(tap: int, up: bool) -> None:
