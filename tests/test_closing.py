@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.transports import KINDS, over
-from virtio import EventFd, NetDevice, NetDriver, StatusError
+from virtio import DeviceId, EventFd, NetDevice, NetDriver, StatusError
 from virtio.devices.rng import RngDevice, RngDriver
 from virtio.netdev import Namespace, Netdev, TapError
 from virtio.transport.loopback import LoopbackTransport
+from virtio.transport.vhost_user import VhostUserTransport
 from virtio.vhost_user.backend import Backend
 
 PATIENCE = 60.0
@@ -73,6 +74,21 @@ def test_a_driver_that_waits(kind: str, way: str) -> None:
     with pytest.raises(StatusError, match=f"the {way} is closed"):
         while_asleep(driver.wait, lambda: WAYS[way](transport, driver)).result()
     close_all(transport, driver)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_driver_over_vhost_user_that_waits(way: str, tmp_path: Path) -> None:
+    with Backend(tmp_path / "net.sock", NetDevice()) as backend, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(backend.serve)
+        try:
+            transport = VhostUserTransport(tmp_path / "net.sock", DeviceId.NETWORK)
+            driver = NetDriver(transport)
+            with pytest.raises(StatusError, match=f"the {way} is closed"):
+                while_asleep(driver.wait, lambda: WAYS[way](transport, driver)).result()
+            close_all(transport, driver)
+        finally:
+            backend.stop()
+        served.result(PATIENCE)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,6 +158,9 @@ def test_an_interface_that_is_waited_for() -> None:
     with LoopbackTransport(device) as transport, NetDriver(transport), Namespace() as namespace:
         netdev = Netdev(device, "vn0", namespace=namespace)
         netdev.start()
+        assert netdev.wait(-1) is False
+        with pytest.raises(TypeError, match="timeout is 'x'"):
+            netdev.wait("x")  # type: ignore[arg-type]
         assert while_asleep(netdev.wait, netdev.close).result() is True
         assert netdev.wait() is True
 

@@ -85,7 +85,7 @@ class Port(Protocol):
     def __aiter__(self) -> AsyncIterator[Burst]:
         """Bursts of received packets, each valid until the next is asked for. One task at a time.
 
-        StatusError: the port or its transport was closed meanwhile.
+        StatusError: a driver, or its transport, was closed meanwhile. A device waits for the next driver.
         """
 
 

@@ -10,6 +10,7 @@ from threading import RLock, Thread, current_thread
 from types import TracebackType
 from typing import Protocol, Self
 
+from virtio import arguments
 from virtio._core import EventFd, Pump, PumpRunner
 from virtio.errors import StatusError, VirtioError
 from virtio.netdev.ends import End, Pumps
@@ -168,9 +169,9 @@ class Running:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until it has ended, and raises what ended it; true if it was stopped or closed, false if `timeout` seconds have passed."""
-        ready = True
+        time, ready = None if timeout is None else arguments.seconds("timeout", timeout), True
         with suppress(StatusError):  # closed, now or meanwhile
-            ready = self._ended.wait(timeout)
+            ready = self._ended.wait(time)
         self.check()
         return ready
 
