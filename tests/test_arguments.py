@@ -17,6 +17,7 @@ from virtio.testing import RawSplitDriver
 from virtio.transport.loopback import LoopbackTransport
 from virtio.transport.pci import PciTransport
 from virtio.vhost_user.backend import Backend
+from virtio.vhost_user.socket import listen
 
 Call = Callable[[Any], object]
 x: Any = None
@@ -102,6 +103,11 @@ TYPES: list[tuple[str, Call]] = [
     (r"address\[0\] is 5: it has to be a string", lambda _: Netdev(NetDevice(), address=[5])),  # type: ignore[list-item]
     ("namespace is 'x': it has to be a Namespace", lambda _: Netdev(NetDevice(), namespace="x")),  # type: ignore[arg-type]
     ("one is None: it has to be a Netdev", lambda x: Netdev.pair(x, x)),
+    ("path_or_fd is None: it has to be a path", lambda x: Backend(x, NetDevice())),
+    ("socket path is b'a.sock': it has to be a string", lambda _: listen(b"a.sock")),  # type: ignore[arg-type]
+    ("binary is None: it has to be a string", lambda x: QemuMachine([], binary=x)),
+    ("descriptor is None: it has to be an integer", lambda x: RawSplitDriver(Memory(1 << 16), 8).descriptor(x)),
+    ("flags is 'x': it has to be an integer", lambda _: RawSplitDriver(Memory(1 << 16), 8).set_descriptor(0, 0, 0, "x")),  # type: ignore[arg-type]
     ("device is None: it has to be something to call", lambda x: Backend("a.sock", x)),
     ("device is 'net': it has to be something to call", lambda _: Backend("a.sock", "net")),  # type: ignore[arg-type]
     ("report is 5: it has to be something to call", lambda _: Backend("a.sock", NetDevice(), report=5)),  # type: ignore[arg-type]
@@ -128,6 +134,7 @@ VALUES: list[tuple[str, Call]] = [
     ("address .* has more than one of IPv4", lambda _: Netdev(NetDevice(), address=["198.51.100.1/24", "198.51.100.2/24"])),
     ("namespace -1 is outside", lambda _: Netdev(NetDevice(), namespace=-1)),
     (r"Twice.queues \('q', 'q'\) has a name twice", lambda _: Twice()),
+    ("path_or_fd -1 is outside 0..", lambda _: Backend(-1, NetDevice())),
     ("has a NUL in it", lambda _: Backend("a\0b", NetDevice())),
 ]
 

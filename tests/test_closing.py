@@ -165,6 +165,18 @@ def test_an_interface_that_is_waited_for() -> None:
         assert netdev.wait() is True
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interface_whose_transport_closes(kind: str) -> None:
+    transport = over(kind, NetDevice())
+    driver = NetDriver(transport)
+    with Namespace() as namespace, Netdev(driver, "vn0", namespace=namespace) as netdev:
+        netdev.start()
+        with pytest.raises(StatusError, match="the transport is closed"):
+            while_asleep(netdev.wait, transport.close).result()
+        assert not netdev.running
+    close_all(transport, driver)
+
+
 def test_an_interface_that_was_deleted() -> None:
     device = NetDevice()
     with (

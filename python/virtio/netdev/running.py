@@ -296,6 +296,7 @@ class Running:
             for member in self._members:
                 if (interrupt := member._end.config_interrupt) is not None:
                     event = EventFd.from_fd(interrupt.fileno())
+                    interrupt.tell_closed(event)  # with its transport: `check` then says so
                     found[event.fileno()] = event, member
             yield found
         finally:

@@ -82,6 +82,8 @@ class QemuMachine:
         for what, texts in (("devices", devices), ("wires", wires), ("netdevs", netdevs), ("options", options)):
             strings(what, texts, "['virtio-rng-pci']" if what == "devices" else "a list of them")
         number("memory_size", memory_size)
+        instance("machine", machine, str, "a string")
+        instance("binary", binary, str, "a string")
         self._kind = machine.split(",")[0]
         if self._kind not in ("q35", "pc"):
             raise ValueError(f"machine {self._kind!r} is neither q35 nor pc")

@@ -15,7 +15,7 @@ Areas = tuple[int, int, int]
 
 def fits(name: str, value: int, bits: int) -> int:
     """`value`, if it fits in a field of so many bits. ValueError: it does not, and would change the field beside it."""
-    if not 0 <= value < 1 << bits:
+    if not 0 <= arguments.number(name, value) < 1 << bits:
         raise ValueError(f"{name} {value} does not fit in {bits} bits")
     return value
 
@@ -76,6 +76,6 @@ class RawRing:
 
     def descriptor_place(self, position: int) -> int:
         """The address of a descriptor. ValueError: there is no such position."""
-        if not 0 <= position < self.size:
+        if not 0 <= arguments.number("descriptor", position) < self.size:
             raise ValueError(f"descriptor {position} is not in 0 to {self.size - 1}")
         return self.areas[0] + DESCRIPTOR_SIZE * position

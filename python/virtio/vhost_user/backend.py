@@ -67,6 +67,8 @@ class Backend:
             arguments.call("device", device)
         if report is not None:
             arguments.call("report", report)
+        if not isinstance(path_or_fd, int | str | os.PathLike):
+            raise arguments.wrong_type("path_or_fd", path_or_fd, "a path, or a socket's descriptor")
         arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
         self._withheld = features_of("withheld", withheld)
         self.accepted = 0
@@ -82,7 +84,7 @@ class Backend:
         self._watched: dict[int, Callable[[], object]] = {}
         first: socket.socket | None = None
         if isinstance(path_or_fd, int):
-            first = adopt(path_or_fd)
+            first = adopt(arguments.integer("path_or_fd", path_or_fd, 0, (1 << 31) - 1))
             if listening(first):
                 first.setblocking(False)
                 self._listener, first = first, None

@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Final
 
+from virtio import arguments
 from virtio.errors import TransportError
 from virtio.vhost_user.backend_session import Send
 from virtio.vhost_user.message import HEADER, MAX_BODY, MAX_DESCRIPTORS
@@ -24,7 +25,7 @@ _ROOM: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsi
 
 def check_path(path: str) -> str:
     """The path. ValueError: no name, longer than `LONGEST_PATH` bytes, or with a NUL in it."""
-    if "\0" in path:
+    if "\0" in arguments.instance("socket path", path, str, "a string"):
         raise ValueError(f"socket path {path!r} has a NUL in it")
     if not 0 < len(os.fsencode(path)) <= LONGEST_PATH:
         raise ValueError(f"socket path of {len(os.fsencode(path))} bytes, not 1 to {LONGEST_PATH}: {path!r}")
