@@ -24,6 +24,8 @@ mod guest;
 mod mapping;
 mod pool;
 mod raw;
+#[cfg(all(debug_assertions, not(loom)))]
+pub mod record;
 mod region;
 mod registers;
 mod row;

@@ -20,6 +20,19 @@ fn out_of_bounds(index: usize, len: usize) -> ! {
     panic!("word {index} of {len}");
 }
 
+/// Every store of a word goes through here, so that a debug build can keep what was stored.
+macro_rules! store {
+    ($cell:expr, $value:expr, $order:ident) => {
+        match ($cell, $value) {
+            (cell, value) => {
+                #[cfg(debug_assertions)]
+                crate::record::note(cell.as_ptr() as usize, size_of_val(cell), value.into());
+                cell.store(value.to_le(), $order);
+            }
+        }
+    };
+}
+
 macro_rules! word_array {
     ($name:ident, $ring:ident, $cells:ident, $ring_cells:ident, $atomic:ty, $int:ty, $doc:literal) => {
         #[doc = $doc]
@@ -90,7 +103,7 @@ macro_rules! word_array {
             /// A release store.
             #[inline(always)]
             pub fn store_release(&self, index: usize, value: $int) {
-                self.cells().at(index).store(value.to_le(), Release);
+                store!(self.cells().at(index), value, Release);
             }
         }
 
@@ -127,7 +140,7 @@ macro_rules! word_array {
             /// A relaxed store.
             #[inline(always)]
             pub fn store(&self, index: usize, value: $int) {
-                self.at(index).store(value.to_le(), Relaxed);
+                store!(self.at(index), value, Relaxed);
             }
 
             /// Relaxed stores of the words 2 x `pair` and the one after it: two accesses, checked once.
@@ -138,8 +151,8 @@ macro_rules! word_array {
                 }
                 // SAFETY: both indexes are below len; as in `at`.
                 unsafe {
-                    self.base.add(2 * pair).as_ref().store(values[0].to_le(), Relaxed);
-                    self.base.add(2 * pair + 1).as_ref().store(values[1].to_le(), Relaxed);
+                    store!(self.base.add(2 * pair).as_ref(), values[0], Relaxed);
+                    store!(self.base.add(2 * pair + 1).as_ref(), values[1], Relaxed);
                 }
             }
         }
@@ -205,7 +218,7 @@ macro_rules! word_array {
             /// A relaxed store.
             #[inline(always)]
             pub fn store(&self, index: usize, value: $int) {
-                self.at(index).store(value.to_le(), Relaxed);
+                store!(self.at(index), value, Relaxed);
             }
 
             /// Relaxed loads of the words 2 x `pair` and the one after it: two accesses.
@@ -218,8 +231,8 @@ macro_rules! word_array {
             #[inline(always)]
             pub fn store_pair(&self, pair: usize, values: [$int; 2]) {
                 let [first, second] = self.pair_at(pair);
-                first.store(values[0].to_le(), Relaxed);
-                second.store(values[1].to_le(), Relaxed);
+                store!(first, values[0], Relaxed);
+                store!(second, values[1], Relaxed);
             }
         }
     };

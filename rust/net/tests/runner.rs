@@ -19,6 +19,7 @@ use virtqueue::{AnyDevice, AnyDriver, DeviceQueue, DriverQueue};
 const FEATURES: u128 = 1 << 32;
 
 /// One end of a transmit queue.
+#[allow(clippy::large_enum_variant, reason = "two of them are made")]
 enum End {
     Driver(DriverQueue<AnyDriver>, DriverBursts, DriverTransmit, RegionTable),
     Device(DeviceQueue<AnyDevice>, DeviceTransmit),

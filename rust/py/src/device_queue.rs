@@ -8,18 +8,23 @@ use crate::errors::{Error, named};
 use crate::eventfd::EventFd;
 use crate::guest::GuestMemory;
 use crate::lock::lock_pool;
+use crate::memory::{Memory, Use};
 use crate::queue::{Core, Side};
 use crate::ring::{self, Ring};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use virtio_memory::Doorbell;
+use virtio_memory::{Doorbell, Span};
 use virtio_net_path::DeviceBursts;
 use virtqueue::event::Cursor;
 use virtqueue::packed::{PackedDevice, PackedRing};
 use virtqueue::split::{SplitDevice, SplitRing};
-use virtqueue::{AnyDevice, Areas, Completion, DeviceCounters, Format, RingError, RingState, check_chain_limit, spans};
+use virtqueue::{
+    AnyDevice, Areas, Completion, DeviceCounters, Format, InFlightObserver, Opened, PackedArea, Resubmission, RingError, RingState,
+    SplitArea, check_chain_limit, region_size, spans,
+};
 
 /// What is there until reset or close.
 pub struct Open {
@@ -30,6 +35,8 @@ pub struct Open {
     pub rewinds: u64,
     /// For `pop`; made when it is first called.
     popped: Option<virtqueue::ChainBatch>,
+    /// The in-flight area is used while the queue is open.
+    _area: Option<Use>,
 }
 
 impl Open {
@@ -108,6 +115,31 @@ fn areas_of(areas: &Bound<'_, PyAny>) -> Result<Areas, Error> {
     Ok(Areas { descriptor, driver, device: address(device, "device area")? })
 }
 
+/// A queue's region of an in-flight area, at this offset.
+fn region(py: Python<'_>, ring: &Ring, inflight: &Bound<'_, PyAny>) -> Result<(Span, Use), Error> {
+    let (memory, offset): (Bound<'_, Memory>, Int) = inflight.extract().map_err(|error| named("inflight", error))?;
+    let (mapping, user) = memory.get().used(py)?;
+    let offset: usize = offset.within("inflight: offset", 0, mapping.len() as i128)?;
+    let wanted = region_size(ring.format, ring.size);
+    if !(mapping.as_ptr() as usize + offset).is_multiple_of(8) {
+        return Err(Error::Value(format!("inflight: offset {offset} is not aligned to 8 bytes")));
+    }
+    let left = mapping.len() - offset;
+    if left < wanted {
+        return Err(Error::Value(format!("inflight: {left} bytes are left at offset {offset}, a region has {wanted}")));
+    }
+    Ok((mapping.span(offset, wanted)?, user))
+}
+
+/// An area's writer, and what a predecessor left.
+type Tracked = (Box<dyn InFlightObserver>, VecDeque<Resubmission>);
+
+/// Opens the area of a ring that is set up with this base; where it resumes.
+fn tracked<A: InFlightObserver + 'static>(opened: Opened<A>, base: Option<RingState>) -> (Tracked, Option<RingState>) {
+    let Opened { area, resume, left } = opened;
+    ((Box::new(area), left), resume.or(base))
+}
+
 /// The device's side of one virtqueue (2.7, 2.8): pops chains, completes them, publishes the used ones.
 #[pyclass(frozen, module = "virtio._core")]
 pub struct DeviceQueue {
@@ -130,8 +162,8 @@ impl DeviceQueue {
 impl DeviceQueue {
     #[new]
     #[pyo3(signature = (memory, size, areas, *, features = Mask::NONE, index = Int::new(0), max_size = Int::new(32768), chain_limit = None,
-                        base = None),
-           text_signature = "(memory, size, areas, *, features=0, index=0, max_size=32768, chain_limit=None, base=None)")]
+                        base = None, inflight = None),
+           text_signature = "(memory, size, areas, *, features=0, index=0, max_size=32768, chain_limit=None, base=None, inflight=None)")]
     #[allow(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         memory: &Bound<'_, GuestMemory>,
@@ -142,6 +174,7 @@ impl DeviceQueue {
         max_size: Int,
         chain_limit: Option<Int>,
         base: Option<Int>,
+        inflight: Option<&Bound<'_, PyAny>>,
     ) -> Result<Self, Error> {
         let max_size = max_size.within("maximum queue size", 1, virtqueue::spec::MAX_SIZE.into())?;
         let mut ring = Ring::new(&size, &features, &index, max_size)?;
@@ -151,21 +184,33 @@ impl DeviceQueue {
         let limit = check_chain_limit(ring.size, limit)?;
         let view = memory.get().regions.view();
         let spans = spans(&view, ring.format, ring.size, ring.areas)?;
-        let any = match ring.format {
+        let (span, area) = inflight.map(|inflight| region(memory.py(), &ring, inflight)).transpose()?.unzip();
+        let (any, tracking) = match ring.format {
             Format::Split => {
+                let words = SplitRing::new(ring.size, &spans)?;
                 let base = base.map(|base| base.within("avail base", 0, u16::MAX.into())).transpose()?;
-                AnyDevice::Split(SplitDevice::new(SplitRing::new(ring.size, &spans)?, ring.features, ring.areas, limit, base)?)
+                let state = base.map(|offset| Cursor { offset, wrap: false }).map(|avail| RingState { avail, used: avail });
+                let opened = span.map(|span| SplitArea::open(&span, &words, base)).transpose()?.map(|opened| tracked(opened, state));
+                let (tracking, state) = opened.map_or((None, state), |(tracking, state)| (Some(tracking), state));
+                let base = state.map(|state| state.avail.offset);
+                (AnyDevice::Split(SplitDevice::new(words, ring.features, ring.areas, limit, base)?), tracking)
             }
             Format::Packed => {
+                let words = PackedRing::new(ring.size, &spans)?;
                 let bits = base.map(|base| base.within::<u32>("base", 0, u32::MAX.into())).transpose()?;
                 let cursor = |bits: u32| Cursor::from_bits(bits as u16);
-                let base = bits.map(|bits| RingState { avail: cursor(bits), used: cursor(bits >> 16) });
-                AnyDevice::Packed(PackedDevice::new(PackedRing::new(ring.size, &spans)?, ring.features, ring.areas, limit, base)?)
+                let state = bits.map(|bits| RingState { avail: cursor(bits), used: cursor(bits >> 16) });
+                let opened = span.map(|span| PackedArea::open(&span, &words, state)).transpose()?.map(|opened| tracked(opened, state));
+                let (tracking, state) = opened.map_or((None, state), |(tracking, state)| (Some(tracking), state));
+                (AnyDevice::Packed(PackedDevice::new(words, ring.features, ring.areas, limit, state)?), tracking)
             }
         };
-        let queue = virtqueue::DeviceQueue::new(any, view);
+        let mut queue = virtqueue::DeviceQueue::new(any, view);
+        if let Some((observer, left)) = tracking {
+            queue.resume(observer, left);
+        }
         let bursts = DeviceBursts::new(&queue);
-        let open = Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None };
+        let open = Open { queue, interrupt: Doorbell::None, bursts, rewinds: 0, popped: None, _area: area };
         Ok(DeviceQueue { shared: Arc::new(Shared::new(ring, open)) })
     }
 

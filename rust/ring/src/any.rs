@@ -6,6 +6,7 @@ use crate::error::RingError;
 use crate::packed::{PackedDevice, PackedDriver};
 use crate::ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Used};
 use crate::split::{SplitDevice, SplitDriver};
+use crate::tracking::{Footprint, Resubmission};
 use virtio_memory::RegionTable;
 
 /// A driver's ring of either format.
@@ -70,6 +71,10 @@ delegate! { AnyDevice: DeviceRing {
     fn observe(self: &mut Self, ()) -> ();
     fn told(self: &Self, ()) -> &[u16];
     fn clear_told(self: &mut Self, ()) -> ();
+    fn footprint(self: &Self, (head: u16)) -> Footprint;
+    fn newest(self: &Self, (count: usize, out: &mut Vec<(u16, u32)>)) -> Result<(), RingError>;
+    fn resubmit(self: &mut Self, (memory: &RegionTable, again: &Resubmission, out: &mut ChainBatch)) -> Result<(), RingError>;
+    fn skip(self: &mut Self, (chains: u16, slots: u16)) -> ();
     fn state(self: &Self, ()) -> RingState;
     fn snapshot(self: &Self, ()) -> Snapshot;
 } }

@@ -105,6 +105,11 @@ impl ChainBatch {
         self.limit - self.count
     }
 
+    /// Whether one more chain of up to `limit` segments fits.
+    pub(crate) fn has_room(&self, limit: u16) -> bool {
+        self.room() > 0 && self.segments.len() - self.segments_used >= usize::from(limit)
+    }
+
     /// How many segments fit in all.
     pub(crate) fn segment_capacity(&self) -> usize {
         self.segments.len()

@@ -1,9 +1,10 @@
 //! The device's queue: a ring with its view of guest memory, its latched error, its counters and its observer.
 
 use crate::batch::ChainBatch;
-use crate::chain::Chain;
 use crate::error::RingError;
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::tracking::{InFlightObserver, Resubmission, Tracking};
+use std::collections::VecDeque;
 use virtio_memory::{RegionTable, View};
 
 /// What a device's queue has done.
@@ -21,37 +22,33 @@ pub struct DeviceCounters {
     pub dropped: u64,
 }
 
-/// Sees what is in flight, so that a crash between two steps loses nothing (vhost-user's in-flight tracking).
-pub trait InFlightObserver: Send {
-    /// Chains were popped.
-    fn popped(&mut self, chains: &[Chain]);
-    /// The newest chains were handed back to the ring, unused.
-    fn rewound(&mut self, count: usize);
-    /// These heads become used with the next store.
-    fn before_publish(&mut self, heads: &[u16]);
-    /// They are used now.
-    fn after_publish(&mut self, heads: &[u16], state: RingState);
-}
-
 /// The device's side of a virtqueue. After a mistake of the driver it stands still: batches give 0 until it is reset.
 pub struct DeviceQueue<R> {
     ring: R,
     view: View,
     broken: Option<RingError>,
     counters: DeviceCounters,
-    observer: Option<Box<dyn InFlightObserver>>,
+    tracking: Option<Box<Tracking>>,
 }
 
 impl<R: DeviceRing> DeviceQueue<R> {
     /// A queue over a ring; buffers are found through `view`.
     pub fn new(ring: R, view: View) -> Self {
-        DeviceQueue { ring, view, broken: None, counters: DeviceCounters::default(), observer: None }
+        DeviceQueue { ring, view, broken: None, counters: DeviceCounters::default(), tracking: None }
     }
 
     /// Tells an observer of every chain from here on.
     pub fn observe(&mut self, observer: Box<dyn InFlightObserver>) {
+        self.resume(observer, VecDeque::new());
+    }
+
+    /// As [`DeviceQueue::observe`], on a ring that stands where a predecessor's published part ends; what that one had in flight is popped
+    /// again before anything new, in this order.
+    pub fn resume(&mut self, observer: Box<dyn InFlightObserver>, left: VecDeque<Resubmission>) {
         self.ring.observe();
-        self.observer = Some(observer);
+        let tracking = Tracking::new(observer, left);
+        tracking.make_room(&mut self.ring);
+        self.tracking = Some(Box::new(tracking));
     }
 
     /// How many entries there are.
@@ -134,24 +131,47 @@ impl<R: DeviceRing> DeviceQueue<R> {
         }
         self.view.refresh();
         self.check_memory()?;
+        if self.tracking.is_some() {
+            return self.pop_tracked(out);
+        }
         let result = self.ring.pop_batch(&self.view, out);
         if let Err(error) = self.check_memory() {
-            // Chains that were made of zeros.
-            let popped = result.unwrap_or(0);
-            self.ring.rewind(popped)?;
-            out.truncate(out.chains().len() - popped);
-            return Err(error);
+            return self.hand_back(result.unwrap_or(0), out, error);
         }
         match result {
             Ok(n) => {
                 self.counters.popped += n as u64;
-                if let (Some(observer), true) = (&mut self.observer, n > 0) {
-                    observer.popped(&out.chains()[out.chains().len() - n..]);
-                }
                 Ok(n)
             }
             Err(error) => Err(self.latch(error)),
         }
+    }
+
+    #[cold]
+    fn pop_tracked(&mut self, out: &mut ChainBatch) -> Result<usize, RingError> {
+        let Some(tracking) = &mut self.tracking else { return Ok(0) };
+        let result = tracking.pop_batch(&mut self.ring, &self.view, out);
+        let popped = result.as_ref().map_or(0, |(all, _)| *all);
+        if let Err(error) = self.check_memory() {
+            return self.hand_back(popped, out, error);
+        }
+        let (all, fresh) = result.map_err(|error| self.latch(error))?;
+        let Some(tracking) = &mut self.tracking else { return Ok(0) };
+        tracking.popped(&self.ring, &out.chains()[out.chains().len() - fresh..]);
+        if let Err(error) = tracking.check() {
+            let error = self.latch(error);
+            return self.hand_back(popped, out, error);
+        }
+        self.counters.popped += all as u64;
+        Ok(all)
+    }
+
+    /// Chains that were made of zeros.
+    #[cold]
+    fn hand_back(&mut self, popped: usize, out: &mut ChainBatch, error: RingError) -> Result<usize, RingError> {
+        self.ring.rewind(popped)?;
+        out.truncate(out.chains().len() - popped);
+        Err(error)
     }
 
     /// Checks a completion without doing it.
@@ -165,7 +185,11 @@ impl<R: DeviceRing> DeviceQueue<R> {
         if self.broken.is_some() {
             return Ok(());
         }
-        self.ring.complete_batch(completions)
+        self.ring.complete_batch(completions)?;
+        if let Some(tracking) = &mut self.tracking {
+            tracking.completed(self.ring.told());
+        }
+        Ok(())
     }
 
     /// Hands the newest `count` chains back to the ring, as if they had not been popped.
@@ -173,11 +197,11 @@ impl<R: DeviceRing> DeviceQueue<R> {
         if self.broken.is_some() {
             return Ok(());
         }
-        self.ring.rewind(count)?;
-        self.counters.popped -= count as u64;
-        if let Some(observer) = &mut self.observer {
-            observer.rewound(count);
+        match &mut self.tracking {
+            None => self.ring.rewind(count)?,
+            Some(tracking) => tracking.rewind(&mut self.ring, count)?,
         }
+        self.counters.popped -= count as u64;
         Ok(())
     }
 
@@ -196,12 +220,16 @@ impl<R: DeviceRing> DeviceQueue<R> {
         if self.broken.is_some() || self.check_memory().is_err() {
             return false;
         }
-        if let Some(observer) = &mut self.observer {
-            observer.before_publish(self.ring.told());
+        if let Some(tracking) = &mut self.tracking {
+            if let Err(error) = tracking.check() {
+                self.latch(error);
+                return false;
+            }
+            tracking.before_publish(self.ring.told());
         }
         self.counters.used += u64::from(self.ring.publish(&self.view));
-        if let Some(observer) = &mut self.observer {
-            observer.after_publish(self.ring.told(), self.ring.state());
+        if let Some(tracking) = &mut self.tracking {
+            tracking.after_publish(self.ring.told(), self.ring.state());
             self.ring.clear_told();
         }
         match self.ring.should_notify() {
@@ -220,7 +248,8 @@ impl<R: DeviceRing> DeviceQueue<R> {
     /// Asks for a notification at the next chain that becomes available, whether or not some are left; true if some are, or if the queue is
     /// broken, or would be by the next `pop_batch` because memory was lost.
     pub fn arm(&mut self) -> bool {
-        self.broken.is_some() || self.ring.arm(&self.view) || self.view.poisoned().is_some()
+        let left = self.tracking.as_ref().is_some_and(|tracking| tracking.left());
+        self.broken.is_some() || self.ring.arm(&self.view) || self.view.poisoned().is_some() || left
     }
 
     /// Asks for no notifications.

@@ -100,6 +100,14 @@ pub enum RingError {
     IndirectUnmapped(MemoryError),
     #[error("buffer: {0}")]
     BufferUnmapped(MemoryError),
+    #[error("in-flight area: {what} is {value}, not {wanted}")]
+    InFlightArea { what: &'static str, value: u64, wanted: u64 },
+    #[error("in-flight area: used idx {used} is {behind} ahead of {told}, more than the queue's size {size}")]
+    InFlightIndex { used: u16, told: u16, behind: u16, size: u16 },
+    #[error("in-flight area: {what} {index} is not below the queue's size {size}, or is there twice")]
+    InFlightLink { what: &'static str, index: u16, size: u16 },
+    #[error("in-flight area: counter {counter:#x} would run out")]
+    InFlightCounter { counter: u64 },
     #[error("used idx {used} is {behind} behind the avail base {base}, more than the queue's size {size}")]
     RestoredUsedIndex { used: u16, base: u16, behind: u16, size: u16 },
 
@@ -116,7 +124,12 @@ pub enum RingError {
     // Whoever owns the memory.
     #[error("memory at {address:#x} with {len} bytes was taken away by its owner")]
     MemoryLost { address: u64, len: u64 },
+    #[error("the in-flight area was taken away by its owner")]
+    InFlightLost,
 }
+
+/// The vhost-user text's own section.
+const TRACKING: &str = "vhost-user, Inflight I/O tracking";
 
 impl RingError {
     /// Whose mistake it is.
@@ -134,7 +147,8 @@ impl RingError {
             NextOutOfRange { .. } | ReadableAfterWritable { .. } | ChainTooManyBytes { .. } | IndirectNotNegotiated => Fault::Driver,
             IndirectLength { .. } | IndirectTooLong { .. } | IndirectWithNext | IndirectNested | IndirectInList => Fault::Driver,
             IndirectUnmapped(_) | BufferUnmapped(_) | RestoredUsedIndex { .. } => Fault::Driver,
-            MemoryLost { .. } => Fault::Memory,
+            InFlightArea { .. } | InFlightIndex { .. } | InFlightLink { .. } | InFlightCounter { .. } => Fault::Driver,
+            MemoryLost { .. } | InFlightLost => Fault::Memory,
             UsedIndex { .. } | UsedIdOutOfRange { .. } | UsedIdNotOutstanding { .. } | InOrderRun { .. } => Fault::Device,
         }
     }
@@ -168,6 +182,9 @@ impl RingError {
             RestoredUsedIndex { .. } => ("2.7.8", "2.8.1"),
             UsedIndex { .. } | UsedIdOutOfRange { .. } | UsedIdNotOutstanding { .. } => ("2.7.8", "2.8.22"),
             InOrderRun { .. } => ("2.7.9", "2.8.8"),
+            InFlightArea { .. } | InFlightIndex { .. } | InFlightLink { .. } | InFlightCounter { .. } | InFlightLost => {
+                (TRACKING, TRACKING)
+            }
         };
         match format {
             Format::Split => split,

@@ -3,6 +3,7 @@
 use crate::error::RingError;
 use crate::ring::{Completion, Completions};
 use crate::spec::MAX_SIZE;
+use crate::tracking::Footprint;
 
 /// A chain in flight. Few words, since stores are what a ring's loops are made of; what stands there already from the last time is not
 /// written again.
@@ -415,15 +416,27 @@ impl InFlight {
 
     /// Checks that the newest `count` chains can be handed back.
     pub(crate) fn check_rewind(&self, count: usize) -> Result<(), RingError> {
+        self.walk_newest(count, |_, _| ())
+    }
+
+    /// Tells of the newest `count` chains, by name and serial, if they can be handed back; the newest first.
+    pub(crate) fn walk_newest(&self, count: usize, mut each: impl FnMut(u16, u32)) -> Result<(), RingError> {
         if count > usize::from(self.chains) {
             return Err(RingError::CannotRewind { count, reason: "fewer are in flight" });
         }
         let (mut place, mut serial) = (self.newest, self.last);
         for _ in 0..count {
             place = self.place_of(serial, place).ok_or(RingError::CannotRewind { count, reason: "a newer chain was completed" })?;
-            serial = self.entries[usize::from(self.name(place))].previous();
+            let name = self.name(place);
+            each(name, serial);
+            serial = self.entries[usize::from(name)].previous();
         }
         Ok(())
+    }
+
+    pub(crate) fn footprint(&self, name: u16) -> Footprint {
+        let flight = self.entries[usize::from(name)];
+        Footprint { slots: flight.slots(), id: flight.id() }
     }
 
     /// Hands back the newest chain; tells what it was. Checked before.

@@ -20,11 +20,12 @@ pub mod packed;
 mod ring;
 pub mod spec;
 pub mod split;
+mod tracking;
 
 pub use any::{AnyDevice, AnyDriver};
 pub use batch::ChainBatch;
 pub use chain::{Chain, Direction, Segment};
-pub use device::{DeviceCounters, DeviceQueue, InFlightObserver};
+pub use device::{DeviceCounters, DeviceQueue};
 pub use driver::{DriverCounters, DriverQueue};
 pub use error::{Fault, RingError};
 pub use indirect::IndirectTables;
@@ -32,3 +33,6 @@ pub use indirect::IndirectTables;
 pub use options::spans;
 pub use options::{Areas, Format, RingFeatures, check_chain_limit, check_size, layout};
 pub use ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Unwritten, Used};
+pub use tracking::{Footprint, InFlightObserver, Opened, Resubmission};
+#[cfg(not(loom))]
+pub use tracking::{PackedArea, SplitArea, region_size};

@@ -4,6 +4,7 @@ use crate::batch::ChainBatch;
 use crate::chain::{Direction, Segment};
 use crate::error::RingError;
 use crate::event::Cursor;
+use crate::tracking::{Footprint, Resubmission};
 use virtio_memory::RegionTable;
 
 /// A driver's buffer of one segment, with the caller's name for it.
@@ -161,6 +162,14 @@ pub trait DeviceRing {
     fn told(&self) -> &[u16];
     /// Forgets them.
     fn clear_told(&mut self);
+    /// What a chain in flight takes of the ring.
+    fn footprint(&self, head: u16) -> Footprint;
+    /// Adds the newest `count` chains, as (head, serial), the newest first. Refused as [`DeviceRing::rewind`] would be.
+    fn newest(&self, count: usize, out: &mut Vec<(u16, u32)>) -> Result<(), RingError>;
+    /// Pops a chain that a predecessor had in flight, which is not in the ring any more.
+    fn resubmit(&mut self, memory: &RegionTable, again: &Resubmission, out: &mut ChainBatch) -> Result<(), RingError>;
+    /// So many chains of a predecessor are before the next one in the ring, wherever they are.
+    fn skip(&mut self, chains: u16, slots: u16);
     /// Positions to save.
     fn state(&self) -> RingState;
     /// For people.

@@ -5,7 +5,9 @@ mod common;
 
 use common::*;
 use std::sync::{Arc, Mutex};
-use virtqueue::{Buffer, Chain, Direction, Form, Format, InFlightObserver, RingError, RingFeatures, RingState, Segment, Used};
+use virtqueue::{
+    Buffer, Chain, Direction, Footprint, Form, Format, InFlightObserver, Resubmission, RingError, RingFeatures, RingState, Segment, Used,
+};
 
 #[test]
 fn a_chain_goes_there_and_back_with_its_contents() {
@@ -292,11 +294,18 @@ fn notification_data_is_the_next_available_position() {
 struct Diary(Arc<Mutex<Vec<String>>>);
 
 impl InFlightObserver for Diary {
-    fn popped(&mut self, chains: &[Chain]) {
+    fn popped(&mut self, chains: &[Chain], _: &dyn Fn(u16) -> Footprint) {
         self.0.lock().expect("diary").push(format!("popped {}", chains.len()));
     }
-    fn rewound(&mut self, count: usize) {
-        self.0.lock().expect("diary").push(format!("rewound {count}"));
+    fn resumed(&mut self, _: &Chain, _: &Resubmission) {}
+    fn rewound(&mut self, heads: &[u16]) {
+        self.0.lock().expect("diary").push(format!("rewound {}", heads.len()));
+    }
+    fn completed(&mut self, heads: &[u16]) {
+        self.0.lock().expect("diary").push(format!("completed {heads:?}"));
+    }
+    fn check(&self) -> Result<(), RingError> {
+        Ok(())
     }
     fn before_publish(&mut self, heads: &[u16]) {
         self.0.lock().expect("diary").push(format!("before {heads:?}"));
@@ -326,8 +335,8 @@ fn an_observer_sees_what_is_in_flight() {
             let told = if features.in_order { [vec![], heads[..3].to_vec()] } else { [vec![heads[1]], vec![heads[0], heads[2]]] };
             let at = if features.in_order { [0, 3] } else { [1, 3] };
             let mut expected = vec!["popped 4".to_string(), "rewound 1".to_string()];
-            for (heads, at) in told.iter().zip(at) {
-                expected.extend([format!("before {heads:?}"), format!("after {heads:?} at {at}")]);
+            for (heads, at) in told.iter().zip(at).filter(|(heads, _)| !heads.is_empty()) {
+                expected.extend([format!("completed {heads:?}"), format!("before {heads:?}"), format!("after {heads:?} at {at}")]);
             }
             assert_eq!(*lines.lock().expect("diary"), expected);
             assert_eq!(reclaim(&mut driver).len(), 3);

@@ -2,7 +2,7 @@
 
 use super::{BOTH, PackedRing, avail_flags, is_avail, rest, used_flags};
 use crate::batch::ChainBatch;
-use crate::chain::{Direction, Walk};
+use crate::chain::{Chain, Direction, Walk};
 use crate::error::RingError;
 use crate::event::{Cursor, packed_event, packed_word};
 use crate::indirect::{TableCopy, direction};
@@ -10,6 +10,7 @@ use crate::inflight::{InFlight, Names, Run, after, count_from};
 use crate::options::{Areas, RingFeatures};
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
 use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
+use crate::tracking::{Footprint, Resubmission};
 #[cfg(not(loom))]
 use virtio_memory::U64Cells;
 use virtio_memory::{FencePoint, RegionTable, full_fence};
@@ -147,38 +148,27 @@ impl PackedDevice {
         self.direction = direction((first_word >> 48) as u16);
         let (tail, first) = out.tail();
         let mut walk = Walk::new(tail, self.limit);
-        let (mut word, mut at, mut slots) = (first_word, self.next, 1u16);
-        loop {
-            let (len, flags) = (word as u32, (word >> 48) as u16);
-            let address = self.ring.address(at.offset);
-            at = at.step(1, self.ring.size);
-            if flags & DESC_F_INDIRECT != 0 {
-                if !self.features.indirect {
-                    return Err(RingError::IndirectNotNegotiated);
-                }
-                if slots > 1 || flags & DESC_F_NEXT != 0 {
-                    return Err(RingError::IndirectInList);
-                }
-                self.table.walk_packed(memory, address, len, &mut walk)?;
-                break;
-            }
-            walk.descriptor(address, len, direction(flags))?;
-            if flags & DESC_F_NEXT == 0 {
-                break;
-            }
-            slots += 1;
-            if slots > self.ring.size {
-                return Err(RingError::ChainTooLong { limit: self.ring.size });
-            }
-            word = self.ring.word(at.offset);
-        }
+        let (ring, mut at, mut known) = (&self.ring, self.next, Some(first_word));
+        let listed = walk_list(&mut self.table, self.features, ring.size, memory, &mut walk, || {
+            let word = known.take().unwrap_or_else(|| ring.word(at.offset));
+            let address = ring.address(at.offset);
+            at = at.step(1, ring.size);
+            Some([address, word])
+        })?;
+        let end = at;
+        let chain = walk.finish(0, 0, first);
+        self.start(chain, listed, out)?;
+        self.next = end;
+        Ok(())
+    }
+
+    /// A chain that was walked is in flight.
+    fn start(&mut self, mut chain: Chain, Listed { slots, last_word }: Listed, out: &mut ChainBatch) -> Result<(), RingError> {
         self.check_room(slots)?;
-        let head = self.flights.next_place();
-        let mut chain = walk.finish(head, 0, first);
+        chain.head = self.flights.next_place();
         // The buffer id stands in the last descriptor of the list (2.8.6).
-        chain.serial = self.flights.start(head, (word >> 32) as u16, slots, chain.writable);
+        chain.serial = self.flights.start(chain.head, (last_word >> 32) as u16, slots, chain.writable);
         out.push(chain);
-        self.next = at;
         Ok(())
     }
 
@@ -248,6 +238,46 @@ impl PackedDevice {
 enum Stop {
     Full,
     Other(u64),
+}
+
+/// A list of descriptors that was walked.
+struct Listed {
+    slots: u16,
+    last_word: u64,
+}
+
+/// A list of descriptors, or a table, taken one by one from `next`.
+#[inline(always)]
+fn walk_list(
+    table: &mut TableCopy,
+    features: RingFeatures,
+    size: u16,
+    memory: &RegionTable,
+    walk: &mut Walk,
+    mut next: impl FnMut() -> Option<[u64; 2]>,
+) -> Result<Listed, RingError> {
+    let mut slots = 0;
+    while slots < size
+        && let Some([address, word]) = next()
+    {
+        slots += 1;
+        let (len, flags) = (word as u32, (word >> 48) as u16);
+        if flags & DESC_F_INDIRECT != 0 {
+            if !features.indirect {
+                return Err(RingError::IndirectNotNegotiated);
+            }
+            if slots > 1 || flags & DESC_F_NEXT != 0 {
+                return Err(RingError::IndirectInList);
+            }
+            table.walk_packed(memory, address, len, walk)?;
+            return Ok(Listed { slots, last_word: word });
+        }
+        walk.descriptor(address, len, direction(flags))?;
+        if flags & DESC_F_NEXT == 0 {
+            return Ok(Listed { slots, last_word: word });
+        }
+    }
+    Err(RingError::ChainTooLong { limit: slots })
 }
 
 /// Used descriptors since the last publish.
@@ -411,6 +441,30 @@ impl DeviceRing for PackedDevice {
 
     fn clear_told(&mut self) {
         self.flights.clear_told();
+    }
+
+    fn footprint(&self, head: u16) -> Footprint {
+        self.flights.footprint(head)
+    }
+
+    fn newest(&self, count: usize, out: &mut Vec<(u16, u32)>) -> Result<(), RingError> {
+        self.flights.walk_newest(count, |name, serial| out.push((name, serial)))
+    }
+
+    fn resubmit(&mut self, memory: &RegionTable, again: &Resubmission, out: &mut ChainBatch) -> Result<(), RingError> {
+        let Resubmission::Packed { entry, descriptors } = again else { return Ok(()) };
+        let (tail, first) = out.tail();
+        let (mut walk, mut rest) = (Walk::new(tail, self.limit), descriptors.iter().copied());
+        let listed = walk_list(&mut self.table, self.features, self.ring.size, memory, &mut walk, || rest.next())?;
+        if rest.next().is_some() {
+            return Err(RingError::InFlightLink { what: "chain's end", index: *entry, size: self.ring.size });
+        }
+        let chain = walk.finish(0, 0, first);
+        self.start(chain, listed, out)
+    }
+
+    fn skip(&mut self, _: u16, slots: u16) {
+        self.next = self.next.step(slots, self.ring.size);
     }
 
     fn state(&self) -> RingState {

@@ -9,6 +9,8 @@ pub use driver::PackedDriver;
 
 #[cfg(not(loom))]
 use crate::error::RingError;
+#[cfg(not(loom))]
+use crate::event::Cursor;
 use crate::spec::{DESC_F_AVAIL, DESC_F_USED};
 #[cfg(not(loom))]
 use virtio_memory::Span;
@@ -46,6 +48,32 @@ impl PackedRing {
             desc: U64Array::zeroed(2 * usize::from(size)),
             driver_event: U32Array::zeroed(1),
             device_event: U32Array::zeroed(1),
+        }
+    }
+
+    #[cfg(not(loom))]
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Both words of a descriptor.
+    #[cfg(not(loom))]
+    pub(crate) fn descriptor(&self, at: Cursor) -> [u64; 2] {
+        [self.address(at.offset), self.word(at.offset)]
+    }
+
+    /// Whether a descriptor is available in this lap.
+    #[cfg(not(loom))]
+    pub(crate) fn is_available(&self, at: Cursor) -> bool {
+        is_avail(self.word(at.offset), at.wrap)
+    }
+
+    /// Makes a descriptor available in this lap, if it is used: the device's own hand, before it showed that.
+    #[cfg(not(loom))]
+    pub(crate) fn make_available(&self, at: Cursor) {
+        let word = self.word(at.offset);
+        if is_used(word, at.wrap) {
+            self.publish_word(at.offset, word & !BOTH | u64::from(avail_flags(at.wrap)) << 48);
         }
     }
 

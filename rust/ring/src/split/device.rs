@@ -10,6 +10,7 @@ use crate::inflight::{Flight, InFlight, Names, Run, count_from};
 use crate::options::{Areas, RingFeatures};
 use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
 use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY};
+use crate::tracking::{Footprint, Resubmission};
 use virtio_memory::{FencePoint, RegionTable, full_fence};
 #[cfg(not(loom))]
 use virtio_memory::{U16RingCells, U32RingCells, U64RingCells};
@@ -52,7 +53,7 @@ impl SplitDevice {
         let mut used = 0;
         if base.is_some() {
             // The base carries no used index: read it once, and check it (device-17).
-            used = ring.used.load_acquire(IDX);
+            used = ring.used_index();
             let behind = avail.wrapping_sub(used);
             if behind > size {
                 return Err(RingError::RestoredUsedIndex { used, base: avail, behind, size });
@@ -136,11 +137,12 @@ impl SplitDevice {
 
     /// Any chain, from its first descriptor on. Each descriptor is read once.
     #[inline(never)]
-    fn pop_other(&mut self, memory: &RegionTable, head: u16, address: u64, rest: u64, out: &mut ChainBatch) -> Result<(), RingError> {
+    fn walk(&mut self, memory: &RegionTable, head: u16, first_words: [u64; 2], out: &mut ChainBatch) -> Result<(), RingError> {
+        let [mut address, mut rest] = first_words;
         self.direction = direction((rest >> 32) as u16);
         let (tail, first) = out.tail();
         let mut walk = Walk::new(tail, self.limit);
-        let (mut address, mut rest, mut slots) = (address, rest, 1u16);
+        let mut slots = 1u16;
         loop {
             let (len, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
             if flags & DESC_F_INDIRECT != 0 {
@@ -170,7 +172,6 @@ impl SplitDevice {
         let mut chain = walk.finish(head, 0, first);
         chain.serial = self.flights.start(head, 0, slots, chain.writable);
         out.push(chain);
-        self.next = self.next.wrapping_add(1);
         Ok(())
     }
 
@@ -329,10 +330,13 @@ impl DeviceRing for SplitDevice {
                 Stop::NoSlots => Err(RingError::TooManyInFlight { slots: u32::from(size) + 1, size }),
                 Stop::HeadOutOfRange(head) => Err(RingError::HeadOutOfRange { head, size }),
                 Stop::HeadInFlight(head) => Err(RingError::HeadInFlight { head }),
-                Stop::Other { head, address, rest } => self.pop_other(memory, head, address, rest, out),
+                Stop::Other { head, address, rest } => self.walk(memory, head, [address, rest], out),
             };
             match result {
-                Ok(()) => popped += 1,
+                Ok(()) => {
+                    self.next = self.next.wrapping_add(1);
+                    popped += 1;
+                }
                 Err(_) if popped > 0 => return Ok(popped),
                 Err(error) => return Err(error),
             }
@@ -436,6 +440,31 @@ impl DeviceRing for SplitDevice {
 
     fn clear_told(&mut self) {
         self.flights.clear_told();
+    }
+
+    fn footprint(&self, head: u16) -> Footprint {
+        self.flights.footprint(head)
+    }
+
+    fn newest(&self, count: usize, out: &mut Vec<(u16, u32)>) -> Result<(), RingError> {
+        self.flights.walk_newest(count, |name, serial| out.push((name, serial)))
+    }
+
+    fn resubmit(&mut self, memory: &RegionTable, again: &Resubmission, out: &mut ChainBatch) -> Result<(), RingError> {
+        let &Resubmission::Split { head } = again else { return Ok(()) };
+        match self.flights.entries.get(usize::from(head)) {
+            None => Err(RingError::HeadOutOfRange { head, size: self.ring.size }),
+            Some(flight) if flight.serial() != 0 => Err(RingError::HeadInFlight { head }),
+            Some(_) => self.walk(memory, head, self.ring.desc.cells().load_pair(head.into()), out),
+        }
+    }
+
+    fn skip(&mut self, chains: u16, _: u16) {
+        let known = self.seen.wrapping_sub(self.next);
+        self.next = self.next.wrapping_add(chains);
+        if known < chains {
+            self.seen = self.next;
+        }
     }
 
     fn state(&self) -> RingState {

@@ -68,6 +68,15 @@ impl SplitRing {
         Ok(SplitRing { size, desc, avail, heads, used, elements, avail_event })
     }
 
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The used index as it stands there: for set-up only (device-17).
+    pub(crate) fn used_index(&self) -> u16 {
+        self.used.load_acquire(IDX)
+    }
+
     #[inline(always)]
     fn mask(&self) -> u16 {
         self.size - 1
