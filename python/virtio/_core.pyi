@@ -463,14 +463,18 @@ class DeviceQueue:
         max_size: int = 32768,
         chain_limit: int | None = None,
         base: int | None = None,
+        inflight: tuple[Memory, int] | None = None,
     ) -> Self:
         """A queue at the addresses of the descriptor, driver and device area (2.6). `features`, `index`: as of `DriverQueue`.
 
         `max_size`: the most entries that the driver may choose. `chain_limit`: the most descriptors of a chain, indirect ones included: by
         default `size`, up to 1024 on request. `base` resumes a ring from there (the property of this name); by default it is a new one.
+        `inflight`: a memory that outlives the queue, and the offset of this queue's region in it (`virtio.vhost_user.inflight`), in which
+        chains in flight are tracked. If an earlier queue was, the ring resumes where that one was, whatever `base` says, and what it had in
+        flight is popped again before anything new, in the same order.
 
         ValueError: a number out of range, an area that is unaligned or not inside one region. MalformedChain: the used index in memory does
-        not fit the base.
+        not fit the base, or the in-flight area cannot be an earlier queue's.
         """
     @property
     def size(self) -> int:

@@ -22,7 +22,7 @@ from threading import RLock
 from typing import Any, ClassVar, Final, NamedTuple
 
 from virtio import arguments
-from virtio._core import DeviceQueue, EventFd, GuestMemory
+from virtio._core import DeviceQueue, EventFd, GuestMemory, Memory
 from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, VirtioError
 from virtio.features import Features, Requires, broken_rules, check_accepted, features_of
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
@@ -342,11 +342,13 @@ class Device:
         interrupt: EventFd | None,
         base: int | None = None,
         error: EventFd | None = None,
+        inflight: tuple[Memory, int] | None = None,
     ) -> None:
         """Enables a queue; until reset its size and areas stay (3.1.1 step 7, 2.6.1).
 
         `doorbell` is what the driver rings, `interrupt` what used-buffer notifications signal, `base` where a ring resumes (as of
-        `DeviceQueue`), `error` what is signalled when the queue breaks. StatusError: out of order, or the queue is enabled. ValueError: no
+        `DeviceQueue`), `error` what is signalled when the queue breaks, `inflight` where chains in flight are tracked (as of
+        `DeviceQueue`). StatusError: out of order, or the queue is enabled. ValueError: no
         such queue, a size that it may not have, or areas unaligned or outside memory. MalformedChain: the base does not fit the ring.
         """
         moves = index in self._queues_reset or (self._queues_move and self.state is DeviceState.DRIVER_OK)
@@ -358,7 +360,10 @@ class Device:
         if index in self._served:
             raise StatusError(f"queue {index} is enabled: size and areas stay as they are until it is reset (2.6.1)")
         limit = self.chain_limit and min(self.chain_limit, max(LONGEST_CHAIN, size))
-        queue = DeviceQueue(self.memory, size, areas, features=self._accepted, index=index, max_size=most, chain_limit=limit, base=base)
+        features, memory = self._accepted, self.memory
+        queue = DeviceQueue(
+            memory, size, areas, features=features, index=index, max_size=most, chain_limit=limit, base=base, inflight=inflight
+        )
         queue.connect(interrupt)
         self._served[index] = _Served(queue, doorbell, self.handler(index), error)
         self._queues_reset.discard(index)

@@ -21,6 +21,7 @@ PROTOCOL = Features(
     {
         *(ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIG, ProtocolFeature.BACKEND_REQ, ProtocolFeature.STATUS, ProtocolFeature.MQ),
         *(ProtocolFeature.RESET_DEVICE, ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.LOG_SHMFD),
+        ProtocolFeature.INFLIGHT_SHMFD,
     }
 )
 
@@ -61,10 +62,10 @@ class Frontend:
         self.raw(*sent)
         self.turn()
         while self.session.awaited:
-            data = self.socket.recv(self.session.needed)
+            data, passed, _, _ = socket.recv_fds(self.socket, self.session.needed, 8)
             if not data:
                 raise ConnectionError(f"the back-end hung up on {request.name}")
-            for effect in self.session.feed(data):
+            for effect in self.session.feed(data, passed):
                 if isinstance(effect, Reply):
                     return effect
         return None
@@ -130,6 +131,12 @@ class Frontend:
         reply = self.ask(F.GET_VRING_BASE, wire.VringState(index, 0))
         assert reply is not None
         return int(reply.payload.num)
+
+    def track(self, queues: int, size: int = 16) -> tuple[wire.Inflight, int]:
+        """A new in-flight area of the back-end, and its descriptor."""
+        reply = self.ask(F.GET_INFLIGHT_FD, wire.Inflight(0, 0, queues, size))
+        assert reply is not None and isinstance(reply.payload, wire.Inflight)
+        return reply.payload, reply.descriptors[0]
 
     def room(self, length: int, data: bytes = b"") -> tuple[int, int]:
         """A buffer, as the device sees it."""

@@ -271,9 +271,10 @@ class NetDevice(DeviceBursts, Device):
         interrupt: EventFd | None,
         base: int | None = None,
         error: EventFd | None = None,
+        inflight: tuple[Memory, int] | None = None,
     ) -> None:
         """As `Device.setup_queue`."""
-        super().setup_queue(index, size, areas, doorbell=doorbell, interrupt=interrupt, base=base, error=error)
+        super().setup_queue(index, size, areas, doorbell=doorbell, interrupt=interrupt, base=base, error=error, inflight=inflight)
         self._doorbells[index] = doorbell
         with suppress(FileExistsError):
             self._events.register(doorbell.fileno(), select.EPOLLIN)

@@ -24,11 +24,13 @@ from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend_session import Answer, BackendSession, Send, descriptors_of
 from virtio.vhost_user.message import ProtocolFeature
 from virtio.vhost_user.socket import Link
+from virtio.vhost_user.tracking import InflightArea
 
 PROTOCOL: Final = Features(
     {
         *(ProtocolFeature.MQ, ProtocolFeature.LOG_SHMFD, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU, ProtocolFeature.BACKEND_REQ),
         *(ProtocolFeature.CONFIG, ProtocolFeature.RESET_DEVICE, ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS),
+        ProtocolFeature.INFLIGHT_SHMFD,
     }
 )
 """Protocol features that are offered."""
@@ -117,6 +119,7 @@ class Connection:
         self._channel: Link | None = None
         self._log: Memory | None = None
         self._logging = False
+        self._inflight: InflightArea | None = None
         loop.watch(link.fileno(), self.receive)
         loop.watch(self._config_changed.fileno(), self._tell_config)
 
@@ -225,14 +228,20 @@ class Connection:
                 self.device.write_config(config.offset, config.data)
             case fx.SetLogBase(log, descriptor):
                 self._set_log(log, descriptor)
+            case fx.GetInflight(wanted):
+                return self._track(InflightArea.make(wanted, packed=self._packed)).answer
+            case fx.SetInflight(area, descriptor):
+                self._track(InflightArea.passed(area, descriptor))
             case fx.SetBackendChannel(descriptor):
                 self._set_channel(descriptor)
             case fx.ResetDevice():
                 self._reset()
+                self._forget_inflight()
             case fx.SetStatus(status):
                 self._status = status
                 if not status:
                     self._reset()
+                    self._forget_inflight()
             case fx.GetStatus():
                 return self._status | (Status.NEEDS_RESET if self.device.state is DeviceState.NEEDS_RESET else 0)
             case _:  # SetOwner, SetProtocolFeatures, SetLogFd, SetMtu: nothing to do
@@ -242,6 +251,7 @@ class Connection:
     def _set_features(self, features: Features, log: bool) -> None:
         if features != self._features:
             self._reset()
+            self._forget_inflight()
             self._features = features
         self._logging = log
         self._start_log()
@@ -250,6 +260,24 @@ class Connection:
         for index in range(len(self.rings)):
             self._take_off(index)
         self.device.reset()
+
+    @property
+    def _packed(self) -> bool | None:
+        return None if self._features is None else Feature.RING_PACKED in self._features
+
+    def _track(self, area: InflightArea) -> InflightArea:
+        """From now on, chains in flight stand there."""
+        if any(ring.on or ring.discarding for ring in self.rings):
+            area.close()
+            raise MalformedMessage("an in-flight area for rings that run", "SET_INFLIGHT_FD")
+        old, self._inflight = self._inflight, area
+        if old is not None:
+            old.close()
+        return area
+
+    def _forget_inflight(self) -> None:
+        if self._inflight is not None:
+            self._inflight.forget()
 
     def _map(self, effect: fx.MapMemory | fx.AddRegion | fx.RemoveRegion) -> None:
         memories = self.device.memory
@@ -370,16 +398,21 @@ class Connection:
                 raise MalformedMessage(str(refused), "SET_FEATURES") from None
             for other in others:
                 self._place(other)
-        base = self._base(ring)
+        base, inflight = self._base(ring), None
+        if self._inflight is not None:
+            inflight = self._inflight.region(index, ring.size, packed=bool(self._packed))
         if on:
-            device.setup_queue(index, ring.size, ring.areas, doorbell=ring.kick, interrupt=ring.call, base=base, error=ring.error)
+            call, error = ring.call, ring.error
+            device.setup_queue(index, ring.size, ring.areas, doorbell=ring.kick, interrupt=call, base=base, error=error, inflight=inflight)
             ring.on = True
             if self._poll and (queue := device.queue(index)) is not None:
                 queue.disarm()
             ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
         else:
-            limit = device.queue_max(index)
-            queue = DeviceQueue(device.memory, ring.size, ring.areas, features=device.accepted, index=index, max_size=limit, base=base)
+            limit, features = device.queue_max(index), device.accepted
+            queue = DeviceQueue(
+                device.memory, ring.size, ring.areas, features=features, index=index, max_size=limit, base=base, inflight=inflight
+            )
             queue.connect(ring.call)
             ring.discarding = queue
             queue.arm()
@@ -549,6 +582,8 @@ class Connection:
             for event in (ring.kick, ring.call, ring.error):
                 _replaced(event, None)
         self._config_changed.close()
+        if self._inflight is not None:
+            self._inflight.close()
         if self._log is not None:
             self._log.close()
         if self._channel is not None:
