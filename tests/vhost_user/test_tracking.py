@@ -184,6 +184,20 @@ def test_after_a_reset_nothing_is_in_flight(frontend: Frontend, area: Area, devi
     assert not errors
 
 
+def test_a_ring_that_begins_anew_has_nothing_in_flight(
+    frontend: Frontend, area: Area, devices: list[Keeper], errors: list[Exception]
+) -> None:
+    for _ in range(3):
+        queue = frontend.queue(0, SIZE)
+        frontend.start(queue)
+        ask(frontend, queue, 0, 1, 2)
+        devices[-1].answer(1)
+        devices[-1].kept.clear()
+        assert answered(queue) == [1]
+        frontend.stop(0)
+    assert not errors
+
+
 def test_rings_that_the_area_does_not_reach_are_not_tracked(
     frontend: Frontend, ring_features: Features, devices: list[Keeper], errors: list[Exception]
 ) -> None:
@@ -201,6 +215,10 @@ def test_an_area_comes_before_rings_run(frontend: Frontend, area: Area, errors: 
     frontend.start(frontend.queue(0, SIZE))
     assert frontend.refused(F.SET_INFLIGHT_FD, area[0], [area[1]])
     assert "rings that run" in str(errors.pop())
+    for wanted in (wire.Inflight(0, 0, 2, SIZE), wire.Inflight(0, 0, 3, SIZE), wire.Inflight(0, 0, 2, 0)):
+        reply = frontend.ask(F.GET_INFLIGHT_FD, wanted)
+        assert reply is not None and not reply.payload.size and not reply.descriptors  # nothing will be tracked
+        assert errors.pop()
 
 
 def look(area: Area) -> Callable[[int, int], int]:

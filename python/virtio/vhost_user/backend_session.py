@@ -188,6 +188,8 @@ class BackendSession:
             if rule and rule.reply is wire.Config and rule.feature in self.protocol:  # no data is how the text spells an error
                 sent = Send(wire.encode(message.request, wire.Config(0, 0), reply=True))
                 return Step(refusal, lambda _: sent, lambda: sent)
+            if rule and rule.reply is wire.Inflight and rule.feature in self.protocol:
+                return Step(refusal, lambda _: _no_area(message), lambda: _no_area(message))
             if ack and not (rule and rule.reply):
                 return self._acknowledged(message.request, refusal, 1)
             unknown = rule is None or rule.request in _QUIET or rule.request not in _HANDLERS or rule.feature not in {None, *self.protocol}
@@ -216,6 +218,8 @@ class BackendSession:
     def _failure(self, message: Message, rule: wire.Rule) -> Send | None:
         if rule.reply is wire.Config:
             return Send(wire.encode(message.request, wire.Config(0, 0), reply=True))
+        if rule.reply is wire.Inflight:
+            return _no_area(message)
         if rule.request in {_F.SET_DEVICE_STATE_FD, _F.CHECK_DEVICE_STATE}:
             return Send(wire.encode(message.request, wire.U64(wire.VRING_NO_DESCRIPTOR | 1), reply=True))
         return None
@@ -234,8 +238,7 @@ class BackendSession:
                 asked = wire.Config.unpack(body)
                 payload = wire.Config(asked.offset, asked.size, asked.flags, data)
             case _F.GET_INFLIGHT_FD, (wire.Inflight() as area, int(descriptor)):
-                padding = bytes(len(body) - len(area.pack()))  # as long as what was asked: some send the C structure
-                return Send(wire.encode(request, wire.Opaque(area.pack() + padding), reply=True), (descriptor,))
+                return _area(message, area, descriptor)
             case ((_F.GET_STATUS | _F.CHECK_DEVICE_STATE), int(value)):
                 payload = wire.U64(value)
             case _F.GET_FEATURES, _:
@@ -450,6 +453,16 @@ class BackendSession:
             for ring in self.rings:
                 ring.started = False
         return (fx.SetStatus(payload.value) if request == _F.SET_STATUS else fx.SetMtu(payload.value),)
+
+
+def _area(message: Message, area: wire.Inflight, *descriptors: int) -> Send:
+    padding = bytes(max(0, len(message.body) - len(area.pack())))  # as long as what was asked: some send the C structure
+    return Send(wire.encode(message.request, wire.Opaque(area.pack() + padding), reply=True), descriptors)
+
+
+def _no_area(message: Message) -> Send:
+    """An area of no bytes: nothing will be tracked."""
+    return _area(message, wire.Inflight(0, 0, 0, 0))
 
 
 def _closing(descriptors: tuple[int, ...]) -> tuple[fx.Effect, ...]:

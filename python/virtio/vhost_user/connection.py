@@ -277,7 +277,7 @@ class Connection:
 
     def _forget_inflight(self) -> None:
         if self._inflight is not None:
-            self._inflight.forget()
+            self._inflight.forget_all()
 
     def _map(self, effect: fx.MapMemory | fx.AddRegion | fx.RemoveRegion) -> None:
         memories = self.device.memory
@@ -322,6 +322,8 @@ class Connection:
                 ring.size = size
             case fx.SetVringBase(index, base):
                 ring = self._stopped(index)
+                if base != ring.base and self._inflight is not None:
+                    self._inflight.forget(index)  # not the ring that stopped there
                 ring.base = base
             case fx.SetVringAddr(index, areas, _):
                 self._take_off(index)

@@ -153,7 +153,7 @@ class FrontendSession:
             raise MalformedMessage(f"{payload!r} answers {asked!r}", request.name)
         if isinstance(payload, wire.VringState) and payload.index != asked.index:
             raise MalformedMessage(f"{payload!r} answers {asked!r}", request.name)
-        if isinstance(payload, wire.Inflight) and not kept:
+        if isinstance(payload, wire.Inflight) and payload.size and not kept:
             raise MalformedMessage("no descriptor with the in-flight area", request.name)
         if request == FrontendRequest.SET_DEVICE_STATE_FD and bool(kept) == bool(payload.value & wire.VRING_NO_DESCRIPTOR):
             raise MalformedMessage(f"{payload!r} with {len(kept)} descriptors", request.name)

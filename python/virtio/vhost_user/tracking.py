@@ -50,11 +50,15 @@ class InflightArea:
         self._written[index] = stride * index
         return self._memory, stride * index
 
-    def forget(self) -> None:
-        """After a reset nothing is in flight, and positions begin anew: regions that were in use are as if nobody had initialized them."""
-        for offset in self._written.values():
+    def forget(self, index: int) -> None:
+        """A ring begins anew: its region, if this connection used it, is as if nobody had initialized it."""
+        if (offset := self._written.pop(index, None)) is not None:
             self._memory.store(offset + Split.VERSION, 8, 0)  # with what is beside it: the queue writes this word as a whole
-        self._written.clear()
+
+    def forget_all(self) -> None:
+        """After a reset nothing is in flight, and positions begin anew."""
+        for index in list(self._written):
+            self.forget(index)
 
     def close(self) -> None:
         """Unmaps it. BufferError: a queue uses it."""
