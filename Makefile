@@ -13,10 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 FUZZ_SECONDS ?= 600
 CHECK := setup format clippy rust develop lint types stubs python
-TEST := $(CHECK) qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk loom tsan fuzz-minute slow
+TEST := $(CHECK) qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk libvirt-tools libvirt loom tsan fuzz-minute slow
 
 .PHONY: help check test fix demo wheel bench fuzz clean \
-        setup format clippy rust develop lint types stubs python qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk loom tsan fuzz-tool fuzz-minute slow
+        setup format clippy rust develop lint types stubs python qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk libvirt-tools libvirt loom tsan fuzz-tool fuzz-minute slow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,7 +88,7 @@ stubs:
 	python -m mypy.stubtest virtio._core
 
 python:
-	pytest -m "not slow and not qemu and not uml and not guest and not dpdk"
+	pytest -m "not slow and not qemu and not uml and not guest and not dpdk and not libvirt"
 
 qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
 	@scripts/qemu.sh
@@ -113,6 +113,12 @@ dpdk-tools: ## DPDK's testpmd, Open vSwitch with DPDK, OVN, vhost-device-rng and
 
 dpdk: ## the tests in which DPDK's driver uses our device, and our drivers DPDK's device and others
 	pytest -m dpdk
+
+libvirt-tools: ## libvirt's daemon and its driver for QEMU, where missing
+	@scripts/libvirt.sh
+
+libvirt: ## the tests in which libvirt starts domains on our devices
+	pytest -m libvirt
 
 fuzz-tool:
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked --root .venv cargo-fuzz

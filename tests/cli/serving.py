@@ -5,12 +5,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tests.cli.run import LIMIT, command, environment, started
 from tests.vhost_user.frontend import Frontend
+from virtio.netdev import Namespace
 
 WAIT = 60.0
 
@@ -71,10 +72,12 @@ class Serving:
 
 
 @contextmanager
-def serving(*words: str, sockets: int = 1, before: tuple[str, ...] = (), **options: Any) -> Iterator[Serving]:
-    """`virtio serve` with these words, once it serves so many sockets."""
+def serving(*words: str, sockets: int = 1, namespace: Namespace | None = None, **options: Any) -> Iterator[Serving]:
+    """`virtio serve` with these words, once it serves so many sockets, in a network namespace if one is given."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with started([*before, *command("serve", *words)], **pipes, text=True, env=environment(), **options) as process:
+    with ExitStack() as stack:
+        with nullcontext() if namespace is None else namespace.entered():
+            process = stack.enter_context(started(command("serve", *words), **pipes, text=True, env=environment(), **options))
         made = Serving(process)
         for _ in range(sockets):
             assert made.event()["event"] == "serving"

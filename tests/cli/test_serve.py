@@ -26,7 +26,7 @@ from virtio.netdev import Namespace, open_tap
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.message import FrontendRequest as F
 
-GONE = ("the TAP is gone", "interface tap7 cannot be set up: No such device")
+GONE = ("the TAP is gone", "interface tap7 is gone")
 SPLIT = Features({Feature.VERSION_1})
 OFFLOADS = CHECKSUMS | GUEST_OFFLOADS | HOST_OFFLOADS
 DICE = """
@@ -291,10 +291,9 @@ def test_an_interface_is_the_far_end(path: Path, tmp_path: Path, ring_features: 
     with Namespace() as namespace, nothing_left(tmp_path):
         with namespace.entered():
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
-            starting = serving("net", "--socket-path", str(path), "--tap", "tap7", "--packed", "--queue-pairs", str(pairs))
-            served = starting.__enter__()
-        try:
-            eventually(lambda: b"tap7" in subprocess.run(["ip", "link"], capture_output=True, check=True).stdout or True)
+        with serving(
+            "net", "--socket-path", str(path), "--tap", "tap7", "--packed", "--queue-pairs", str(pairs), namespace=namespace
+        ) as served:
             for turn in range(2):
                 with Remote.to(path) as frontend, Wire(namespace, "tap7") as wired:
                     guest = Guest(frontend, ring_features)
@@ -309,20 +308,35 @@ def test_an_interface_is_the_far_end(path: Path, tmp_path: Path, ring_features: 
                     served.until("counters", received_frames=100 * turn + 100, sent_frames=100 * turn + 100)
                 eventually(lambda: not carrier(namespace, "tap7"))
             served.end()
-        finally:
-            starting.__exit__(None, None, None)
         with namespace.entered():
             assert "tap7" not in [name for _, name in socket.if_nameindex()]
 
 
-def test_an_interface_that_is_deleted_ends_it(path: Path) -> None:
+def test_a_persistent_interface_is_taken_and_stays(path: Path) -> None:
     with Namespace() as namespace:
         with namespace.entered():
-            starting = serving("net", "--socket-path", str(path), "--tap", "tap7")
-            served = starting.__enter__()
+            subprocess.run(["ip", "tuntap", "add", "tap7", "mode", "tap"], check=True)
+            subprocess.run(["ip", "addr", "add", "192.0.2.2/24", "dev", "tap7"], check=True)
+            subprocess.run(["ip", "link", "set", "tap7", "mtu", "2000"], check=True)
+        for number in range(2):
+            with serving("net", "--socket-path", str(path), "--tap", "tap7", namespace=namespace) as served:
+                with Remote.to(path) as frontend, Wire(namespace, "tap7") as wired:
+                    guest = Guest(frontend, SPLIT)
+                    guest.start()
+                    wired.ready()
+                    guest.send(number)
+                    assert wired.receive(1) == [number]
+                served.end()
+            with namespace.entered():
+                shown = subprocess.run(["ip", "addr", "show", "tap7"], capture_output=True, text=True, check=True).stdout
+            assert "192.0.2.2/24" in shown and "mtu 2000" in shown
+
+
+def test_an_interface_that_is_deleted_ends_it(path: Path) -> None:
+    with Namespace() as namespace, serving("net", "--socket-path", str(path), "--tap", "tap7", namespace=namespace) as served:
+        with namespace.entered():
             subprocess.run(["ip", "link", "delete", "tap7"], check=True)
         out, said = served.process.communicate(timeout=LIMIT)
-        starting.__exit__(None, None, None)
         assert (served.process.returncode, said) in [(1, f"virtio: {text}\n") for text in GONE]
         assert json.loads(out.splitlines()[-1])["event"] == "end"
     assert not path.exists()
@@ -333,8 +347,11 @@ def test_an_interface_that_cannot_be_had(path: Path) -> None:
         taken = open_tap("tap7", namespace=namespace.fileno())
         with namespace.entered():
             line = failed(run("serve", "net", "--socket-path", str(path), "--tap", "tap7"), 1)
-        assert line == "virtio: interface tap7 is there already: choose another name"
+        assert line == "virtio: interface tap7 is in use: another program has it"
         os.close(taken)
+        with namespace.entered():
+            line = failed(run("serve", "net", "--socket-path", str(path), "--tap", "lo"), 1)
+        assert line == "virtio: interface lo is there already, and is no TAP with one queue: choose another name"
     plain = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all") if os.geteuid() == 0 else ()
     line = failed(run("serve", "net", "--socket-path", str(path), "--tap", "tap7", before=plain), 1)
     assert "CAP_NET_ADMIN" in line or "/dev/net/tun" in line
@@ -474,9 +491,9 @@ def test_qemus_conventions_for_back_end_programs() -> None:
     description = json.loads(done.stdout)
     assert set(description) == {"description", "type", "binary", "tags"} and description["type"] == "net"
     binary = Path(description["binary"])
-    if binary.parent == Path(sys.executable).parent:  # installed: management programs start it so
-        done = subprocess.run([binary, "--print-capabilities"], capture_output=True, text=True, check=True)
-        assert json.loads(done.stdout) == {"type": "net"}
+    assert binary.parent == Path(sys.executable).parent  # where it is installed: management programs start it so
+    done = subprocess.run([binary, "--print-capabilities"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"type": "net"}
 
 
 def test_counters_move_on_a_terminal(path: Path) -> None:
@@ -545,7 +562,7 @@ def test_an_idle_back_end_takes_no_time(path: Path) -> None:
             return int(fields[11]) + int(fields[12])
 
         best = min(_spent(ticks) for _ in range(5))
-        assert best <= 5  # of a hundred in a second
+        assert best <= 20  # of a hundred in a second, which who polls would take
 
 
 def _spent(ticks: Callable[[], int]) -> int:

@@ -159,7 +159,7 @@ def serve() -> None:
 
 @serve.command("net", cls=ServeCommand, kind=lambda: "net")
 @options(
-    click.option("--tap", metavar="NAME", help="The far end is a new interface NAME: frames go to and from the kernel."),
+    click.option("--tap", metavar="NAME", help="The far end is interface NAME, a TAP: one that is there and free, or a new one."),
     click.option("--peer", type=SocketPath(), metavar="SOCKET", help="The far end is another machine, whose front-end is at SOCKET."),
     click.option("--pcap", type=click.Path(dir_okay=False), metavar="FILE", help="Write frames into a capture that tcpdump reads."),
     click.option(

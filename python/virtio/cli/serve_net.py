@@ -65,7 +65,7 @@ def _serve_tap(served: Served, where: Place, wishes: Wishes, withheld: Features)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tap") from None
     device = NetDevice(mac=wishes.mac, mtu=wishes.mtu, queue_pairs=wishes.queue_pairs)
-    interface = served.stack.enter_context(Netdev(device, wishes.tap))
+    interface = served.stack.enter_context(Netdev(device, wishes.tap, existing=True))
     served.add(where, device, Interfaces(device, interface), f"a network device with the interface {wishes.tap} as its far end", withheld)
     served.ends.append(interface)
     interface.follow(served.report)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -24,7 +25,10 @@ class View(Protocol):
 
 
 class Lines:
-    """JSON, a line an event: its `event`, and its values."""
+    """JSON, a line an event: its `event`, and its values. Events may come from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
 
     @contextmanager
     def showing(self) -> Iterator[None]:
@@ -33,7 +37,8 @@ class Lines:
 
     def emit(self, kind: str, /, **values: Any) -> None:
         """Written at once."""
-        print(json.dumps({"event": kind, **values}), flush=True)
+        with self._lock:
+            print(json.dumps({"event": kind, **values}), flush=True)
 
 
 class Screen:

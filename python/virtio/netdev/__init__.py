@@ -80,12 +80,14 @@ class Netdev(Running):
         mac: bytes | None = None,
         mtu: int | None = None,
         address: str | Iterable[str] | None = None,
+        existing: bool = False,
     ) -> None:
         """Makes the interface; `start` brings it up.
 
         `namespace` is where it is to be: a descriptor of a network namespace, or the calling thread's. `mac` is a driver's own if not
         given, and on a device's side a random one: the interface there is not the device, but what the device is plugged into. `mtu` is the
         port's if not given. `address` is an address with its prefix length, "192.0.2.1/24", or several, of which one may be of IPv4.
+        With `existing` a persistent TAP of that name is taken as it is, if there is one, and outlives this; its MTU stays if none is given.
 
         It has as many queues as the port has queue pairs, 256 at most, and two threads run for each that is in use.
 
@@ -99,7 +101,7 @@ class Netdev(Running):
         self.port: Final = port
         self.name: Final = tap.check_name(name)
         addresses = tap.each(address)
-        self.mtu: Final = self._end.mtu(mtu)
+        self.mtu = self._end.mtu(mtu)
         mac = self._end.mac if mac is None else arguments.mac("mac", mac)
         self._pumps: list[Pumps] = []
         self._totals: dict[str, Any] = {}
@@ -115,8 +117,11 @@ class Netdev(Running):
             if namespace is not None:
                 self._namespace = copied(namespace)
             self._interface = Interface(name, self._namespace if namespace is not None else None)
+            if existing and mtu is None:
+                with suppress(OSError):  # it is not there
+                    self.mtu = self._interface.mtu
             queues = min(self._end.queue_pairs, tap.MAX_QUEUES)
-            self._taps = tap.open_queues(name, queues, namespace=self._namespace if namespace is not None else None)
+            self._taps = tap.open_queues(name, queues, namespace=self._namespace if namespace is not None else None, existing=existing)
             with self._setting():
                 if mac is not None:
                     self._interface.mac = mac

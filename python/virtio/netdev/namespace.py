@@ -118,7 +118,8 @@ def bring_up(name: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16s24x", os.fsencode(name)))
         (flags,) = struct.unpack_from("H", answer, 16)
-        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH22x", os.fsencode(name), flags | _IFF_UP))
+        if not flags & _IFF_UP:
+            fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH22x", os.fsencode(name), flags | _IFF_UP))
 
 
 class Namespace:

@@ -33,6 +33,7 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _SIOCSIFADDR: Final = 0x8916
 _SIOCSIFNETMASK: Final = 0x891C
+_SIOCGIFMTU: Final = 0x8921
 _SIOCSIFMTU: Final = 0x8922
 _SIOCSIFHWADDR: Final = 0x8924
 _SIOCGIFHWADDR: Final = 0x8927
@@ -81,21 +82,22 @@ def check_name(name: str) -> str:
     return name
 
 
-def open_tap(name: str, *, namespace: int | None = None, header: bool = True) -> int:
+def open_tap(name: str, *, namespace: int | None = None, header: bool = True, existing: bool = False) -> int:
     """Makes a TAP interface; returns its descriptor, which does not block. The interface ends when that is closed.
 
+    With `existing` one that is there and persistent, and that nobody has open, is taken, and stays; if there is none, one is made.
     `namespace` is a descriptor of the network namespace where it is to be: without it, that of the calling thread. With `header` each frame
     has a header before it (IFF_VNET_HDR). ValueError: no such name can be. TapPermissionError, NameTakenError, TapError: it cannot be had.
     """
-    return open_queues(name, 1, namespace=namespace, header=header)[0]
+    return open_queues(name, 1, namespace=namespace, header=header, existing=existing)[0]
 
 
-def open_queues(name: str, queues: int, *, namespace: int | None = None, header: bool = True) -> list[int]:
+def open_queues(name: str, queues: int, *, namespace: int | None = None, header: bool = True, existing: bool = False) -> list[int]:
     """As `open_tap`, with so many queues (`MAX_QUEUES` at most), a descriptor each. The kernel sends a flow to the queue where it wrote."""
     found: list[int] = []
     try:
         for _ in range(queues):
-            found.append(_open_queue(name, namespace, header=header, several=queues > 1, first=not found))
+            found.append(_open_queue(name, namespace, header=header, several=queues > 1, existing=existing or bool(found)))
     except BaseException:
         for descriptor in found:
             os.close(descriptor)
@@ -103,7 +105,7 @@ def open_queues(name: str, queues: int, *, namespace: int | None = None, header:
     return found
 
 
-def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool, first: bool) -> int:
+def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool, existing: bool) -> int:
     data = os.fsencode(check_name(name))
     flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0) | (_IFF_MULTI_QUEUE if several else 0)
     with inside(namespace) if namespace is not None else nullcontext():
@@ -117,12 +119,12 @@ def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool
             raise TapError(number, f"{TUN} cannot be opened ({error.strerror}): the kernel's module tun is not there") from None
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-                if first and _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
+                if not existing and _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
                     raise NameTakenError(errno.EEXIST, f"interface {name} is there already: choose another name")
             fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, flags))
         except OSError as error:
             os.close(tap)
-            raise _refused(name, error) from None
+            raise (_not_taken(name, error, several=several) if existing else _refused(name, error)) from None
     return tap
 
 
@@ -136,6 +138,16 @@ def _refused(name: str, error: OSError) -> OSError:
     if number in (errno.EBUSY, errno.EEXIST):
         return NameTakenError(number, f"interface {name} is there already: choose another name")
     return TapError(number, f"interface {name} cannot be made: {error.strerror}")
+
+
+def _not_taken(name: str, error: OSError, *, several: bool) -> OSError:
+    number = error.errno or 0
+    if number == errno.EBUSY:
+        return NameTakenError(number, f"interface {name} is in use: another program has it")
+    if number == errno.EINVAL:
+        kind = "several queues" if several else "one queue"
+        return NameTakenError(number, f"interface {name} is there already, and is no TAP with {kind}: choose another name")
+    return _refused(name, error)
 
 
 def _exists(any_socket: socket.socket, name: str) -> bool:
@@ -195,9 +207,16 @@ class Interface:
     def mac(self, mac: bytes) -> None:
         self._ask(socket.AF_INET, _SIOCSIFHWADDR, struct.pack("H6s16x", _ARPHRD_ETHER, mac))
 
-    def set_mtu(self, mtu: int) -> None:
+    @property
+    def mtu(self) -> int:
         """Bytes of the longest packet in a frame."""
-        self._ask(socket.AF_INET, _SIOCSIFMTU, struct.pack("i20x", mtu))
+        (found,) = struct.unpack_from("i", self._ask(socket.AF_INET, _SIOCGIFMTU, bytes(24)), 16)
+        return int(found)
+
+    def set_mtu(self, mtu: int) -> None:
+        """Sets that. What is so already is left alone."""
+        if mtu != self.mtu:
+            self._ask(socket.AF_INET, _SIOCSIFMTU, struct.pack("i20x", mtu))
 
     def up(self) -> None:
         """Brings it up."""
