@@ -126,6 +126,19 @@ def test_a_task_that_iterates(kind: str, way: str, pair: str) -> None:
     close_all(transport, driver)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_exception_that_is_kept_keeps_no_descriptor(way: str) -> None:
+    def open_files() -> set[str]:
+        return {f"{entry.name} {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
+
+    before = open_files()
+    transport = LoopbackTransport(RngDevice())
+    driver = RngDriver(transport)
+    kept = [while_asleep(driver.wait, lambda: WAYS[way](transport, driver)).exception()]
+    close_all(transport, driver)
+    assert isinstance(kept[0], StatusError) and open_files() == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_selector(kind: str) -> None:
     import select

@@ -370,18 +370,14 @@ class Driver:
         that is not set up here.
         """
         DRIVER_TABLE.target(self._state, DriverStep.WAIT)
-        time, watch = milliseconds(timeout), self._watching()
+        time = milliseconds(timeout)
         chosen = self._chosen(queues)
         if self._arm(chosen):
             return True
         if self._serve is not None:
             self._serve()
         config = self.transport.config_interrupt
-        try:
-            ready = sleep_on([config, *(enabled.interrupt for enabled in chosen)], time, over=watch.over)
-        except StatusError:
-            what = "driver" if self._state is DriverState.CLOSED else "transport"
-            raise StatusError(f"the {what} is closed, so there is nothing to wait for") from None
+        ready = self._sleep_on([config, *(enabled.interrupt for enabled in chosen)], time)
         if config in ready or (not ready and time != 0):
             try:
                 self.check()
@@ -468,6 +464,18 @@ class Driver:
         if (watch := self._watch) is None:
             raise StatusError("the driver is closed")
         return watch
+
+    def _sleep_on(self, events: list[EventFd], time: int | None) -> list[EventFd]:
+        """As `sleep_on`. No exception that is raised here, or later, keeps the descriptors open that are watched."""
+        watch = self._watching()
+        ready: list[EventFd] | None = None
+        with suppress(StatusError):
+            ready = sleep_on(events, time, over=watch.over)
+        del watch
+        if ready is None:
+            what = "driver" if self._state is DriverState.CLOSED else "transport"
+            raise StatusError(f"the {what} is closed, so there is nothing to wait for")
+        return ready
 
     def _chosen(self, queues: Iterable[DriverQueue] | None) -> list[_Enabled]:
         enabled = {each.queue: each for each in list(self._enabled.values())}

@@ -1,5 +1,6 @@
 """The machine itself: what QEMU refuses, what it dies of, and that nothing of it stays behind."""
 
+import gc
 import os
 import select
 import signal
@@ -38,6 +39,7 @@ def _nothing_stays() -> Iterator[None]:
     """Around every test here, and outside `machines`: threads, descriptors and processes are as before."""
     files, threads, processes = open_files(), set(threading.enumerate()), children()
     yield
+    gc.collect()  # a driver and its queue pairs know each other
     assert set(threading.enumerate()) == threads
     assert open_files() == files
     assert children() == processes
