@@ -158,6 +158,8 @@ class Device:
         self._status = Status(0)
         self._accepted = Features()
         self._served: dict[int, _Served] = {}
+        self._turns: tuple[_Served, ...] | None = None
+        """What `spin` serves; None: to be found again."""
         self._queues_reset: set[int] = set()
         self._config_interrupt: EventFd | None = None
         self._config_generation = 0
@@ -208,6 +210,7 @@ class Device:
                 served.error.signal()
         if Status.NEEDS_RESET not in self._status:
             self._status |= Status.NEEDS_RESET
+            self._turns = None
             self._notify_config()
 
     @locked
@@ -281,6 +284,7 @@ class Device:
             if bit is Status.FEATURES_OK and not self._features_stick():
                 return
             self._status |= bit
+            self._turns = None
             if bit is Status.DRIVER_OK:
                 for served in self._served.values():  # whoever sleeps on the doorbells looks once at what was published before
                     served.doorbell.signal()
@@ -366,6 +370,7 @@ class Device:
         )
         queue.connect(interrupt)
         self._served[index] = _Served(queue, doorbell, self.handler(index), error)
+        self._turns = None
         self._queues_reset.discard(index)
 
     @locked
@@ -376,6 +381,7 @@ class Device:
         """
         if (served := self._served.pop(index, None)) is None:
             raise StatusError(f"queue {index} is not enabled")
+        self._turns = None
         queue = served.queue
         if queue.broken is None:
             with suppress(VirtioError):
@@ -393,6 +399,7 @@ class Device:
             raise StatusError(f"queue {index} cannot be reset: RING_RESET (bit {Feature.RING_RESET.value}) was not negotiated (2.6.1)")
         if (served := self._served.pop(index, None)) is None:
             raise StatusError(f"queue {index} is not enabled")
+        self._turns = None
         served.queue.close()
         self._queues_reset.add(index)
 
@@ -403,6 +410,7 @@ class Device:
         for served in self._served.values():
             served.queue.close()
         self._served.clear()
+        self._turns = None
         self._queues_reset.clear()
         self._queues_move, self._assumed = False, Features()
         self._accepted = Features()
@@ -449,14 +457,17 @@ class Device:
 
         Otherwise as `poll`, which is to be called before anybody sleeps on the doorbells again.
         """
+        if (turns := self._turns) is None:
+            ready = self._served.items() if self.state is DeviceState.DRIVER_OK else ()
+            turns = self._turns = tuple(served for index, served in ready if self.serves(index))
         took = 0
-        for index, served in list(self._served.items()):
-            if self.state is not DeviceState.DRIVER_OK:
+        for served in turns:
+            if self._turns is not turns:  # a handler changed what there is
                 break
-            if served.queue.broken is not None:
+            if served.queue.broken is not None:  # found outside its handler
                 self.need_reset()
                 break
-            if self.serves(index) and self._call(served):
+            if self._call(served):
                 served.queue.disarm()  # with EVENT_IDX that lasts for 65535 chains
                 took += 1
         return took

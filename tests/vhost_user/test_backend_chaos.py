@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
-from virtio import Burst, EventFd, Feature, Memory, NetDevice
+from virtio import Burst, EventFd, Feature, Memory, NetDevice, NetFeature
 from virtio.features import Features
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
 
+PAIRS: list[set[int]] = [set(), {NetFeature.MQ}, {NetFeature.MQ, NetFeature.CTRL_VQ}]
 FEATURES = 1 << 32 | 1 << 30
 edges = st.sampled_from(
     [0, 1, 2, 15, 16, 255, 256, 257, 4096, GUEST, USER, USER + 0x1000, USER + 0x2000, SIZE, (1 << 32) - 1, (1 << 64) - 1]
 )
-small = st.sampled_from([0, 1, 1, 2, 16, 255])
+small = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 16, 255])
 fields: dict[type[wire.Payload], st.SearchStrategy[Any]] = {
     wire.VringState: st.builds(wire.VringState, small, small),
     wire.VringAddr: st.builds(
@@ -55,9 +56,10 @@ class Echo(NetDevice):
 
 
 @settings(max_examples=150)
-@given(st.lists(message, max_size=30), st.integers(0, 40), st.booleans())
-def test_device_23_any_messages(messages: list[tuple[int, bytes, bool, list[str]]], cut: int, negotiated: bool) -> None:
-    device = Echo(slots=16)
+@given(st.lists(message, max_size=30), st.integers(0, 40), st.booleans(), st.sampled_from(PAIRS))
+def test_device_23_any_messages(messages: list[tuple[int, bytes, bool, list[str]]], cut: int, negotiated: bool, more: set[int]) -> None:
+    """On one queue pair, and on two with a control queue of ours or of the front-end's."""
+    device = Echo(slots=16, queue_pairs=2 if more else 1)
     errors: list[Exception] = []
     memory, event, (end, other), (reader, writer) = Memory(SIZE), EventFd(), socket.socketpair(), os.pipe()
     nothing = os.open("/dev/null", os.O_RDWR)
@@ -68,8 +70,8 @@ def test_device_23_any_messages(messages: list[tuple[int, bytes, bool, list[str]
     with Backend(theirs.detach(), device, report=errors.append) as backend:
         frontend = Frontend(ours, backend)
         if negotiated:
-            frontend.negotiate(Features({Feature.VERSION_1}))
-            for index in range(2):
+            frontend.negotiate(Features({Feature.VERSION_1, *more}))
+            for index in range(4 + (NetFeature.CTRL_VQ in more) if more else 2):
                 frontend.start(frontend.queue(index))
         try:
             for place, (request, payload, ack, passed) in enumerate(messages):

@@ -10,9 +10,8 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final
 
 from virtio._core import DeviceQueue, EventFd, Memory
 from virtio.device import Device, DeviceState
@@ -23,6 +22,7 @@ from virtio.vhost_user import effects as fx
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend_session import Answer, BackendSession, Send, descriptors_of
 from virtio.vhost_user.message import ProtocolFeature
+from virtio.vhost_user.serving import Loop, Ring
 from virtio.vhost_user.socket import Link
 from virtio.vhost_user.tracking import InflightArea
 
@@ -43,37 +43,6 @@ SPIN: Final = 0.0002
 """Seconds that one turn of a connection looks at its rings before it looks at its messages, if it never sleeps."""
 MESSAGES: Final = 64
 """Messages that one turn reads at most, so that others have theirs."""
-
-
-class Loop(Protocol):
-    """What a connection needs of who runs it."""
-
-    def watch(self, descriptor: int, call: Callable[[], object]) -> None:
-        """Calls `call` when `descriptor` is readable."""
-
-    def unwatch(self, descriptor: int) -> None:
-        """No more."""
-
-    def report(self, error: Exception) -> None:
-        """Tells somebody."""
-
-
-@dataclass
-class Ring:
-    """What the front-end said of a ring, and where it is served: nowhere, on the device, or here by discarding."""
-
-    size: int = 0
-    areas: tuple[int, int, int] | None = None
-    base: int = 0
-    kick: EventFd | None = None
-    call: EventFd | None = None
-    error: EventFd | None = None
-    polled: bool = False
-    started: bool = False
-    enabled: bool = False
-    on: bool = False
-    discarding: DeviceQueue | None = None
-    watched: int | None = None
 
 
 class Connection:
@@ -116,6 +85,7 @@ class Connection:
         self._memories: dict[int, Memory] = {}
         self._lingering: list[Memory] = []
         self._unread = False
+        self._busy: bool | None = None
         self._channel: Link | None = None
         self._log: Memory | None = None
         self._logging = False
@@ -125,8 +95,11 @@ class Connection:
 
     @property
     def busy(self) -> bool:
-        """Whether it wants `poll` without being kicked."""
-        return any(ring.on and (ring.polled or self._poll) and self.device.serves(index) for index, ring in enumerate(self.rings))
+        """Whether it wants `spin` without being kicked."""
+        if self._busy is None:
+            wanted = (ring.on and (ring.polled or self._poll) and self.device.serves(index) for index, ring in enumerate(self.rings))
+            self._busy = any(wanted)
+        return self._busy
 
     @property
     def logging(self) -> bool:
@@ -406,7 +379,7 @@ class Connection:
         if on:
             call, error = ring.call, ring.error
             device.setup_queue(index, ring.size, ring.areas, doorbell=ring.kick, interrupt=call, base=base, error=error, inflight=inflight)
-            ring.on = True
+            ring.on, self._busy = True, None
             if self._poll and (queue := device.queue(index)) is not None:
                 queue.disarm()
             ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
@@ -438,7 +411,7 @@ class Connection:
             self._loop.unwatch(ring.watched)
             ring.watched = None
         if ring.on:
-            ring.on = False
+            ring.on, self._busy = False, None
             with suppress(StatusError):  # the device was reset behind our back
                 ring.base = self.device.stop_queue(index)
         if ring.discarding is not None:
@@ -465,15 +438,19 @@ class Connection:
         return self._serve(self.device.poll)
 
     def spin(self, seconds: float) -> int:
-        """As `poll`, for one that never sleeps: once at least, and for so many seconds (`SPIN` at most) if there is nothing to do."""
+        """As `poll`, for one that never sleeps: over and over for so many seconds, `SPIN` at most, and once at least."""
         if not self._poll:
             return self.poll()
-        calls, until = 0, monotonic() + min(seconds, SPIN)
-        while not calls and not self.closed:
-            calls = self._serve(self.device.spin)
-            if monotonic() >= until:
-                break
-        return calls
+        until = monotonic() + min(seconds, SPIN)
+
+        def serve() -> int:
+            spin, calls = self.device.spin, 0
+            while True:
+                calls += spin()
+                if self.closed or monotonic() >= until:
+                    return calls
+
+        return self._serve(serve)
 
     def _serve(self, serve: Callable[[], int]) -> int:
         if not self._heard():

@@ -1,0 +1,38 @@
+"""What a back-end's connection is made of: its rings, and the loop that it runs in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from virtio._core import DeviceQueue, EventFd
+
+
+class Loop(Protocol):
+    """What a connection needs of who runs it."""
+
+    def watch(self, descriptor: int, call: Callable[[], object]) -> None:
+        """Calls `call` when `descriptor` is readable."""
+
+    def unwatch(self, descriptor: int) -> None:
+        """No more."""
+
+    def report(self, error: Exception) -> None:
+        """Tells somebody."""
+
+
+@dataclass
+class Ring:
+    """What the front-end said of a ring, and where it is served: nowhere, on the device, or here by discarding."""
+
+    size: int = 0
+    areas: tuple[int, int, int] | None = None
+    base: int = 0
+    kick: EventFd | None = None
+    call: EventFd | None = None
+    error: EventFd | None = None
+    polled: bool = False
+    started: bool = False
+    enabled: bool = False
+    on: bool = False
+    discarding: DeviceQueue | None = None
+    watched: int | None = None
