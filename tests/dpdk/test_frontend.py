@@ -104,4 +104,4 @@ def test_it_is_killed_and_started_again(path: str, client: bool, ring: Features)
                 assert time.monotonic() < end
                 for row in range(net.receive(burst)):
                     newest = int.from_bytes(burst.tobytes(row)[16:24], "big")
-            assert transport.reconnections == number + 1
+            assert transport.reconnections > number

@@ -6,7 +6,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+import pytest
+
 from tests.dpdk.testpmd import Testpmd
+
+STARTS = 5
+START_LIMIT = 15.0
+"""Seconds that one start may take."""
 
 
 class Vhost:
@@ -22,10 +28,24 @@ class Vhost:
         if not self._client:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)  # which a killed one left, and the next does not replace
+        for _ in range(STARTS):
+            if self._starts():
+                return
+        pytest.fail(f"testpmd did not start, {STARTS} times")
+
+    def _starts(self) -> bool:
+        """Whether it does: one to which a driver connects while it starts has been seen to hang, or to die."""
         device = f"net_vhost0,iface={self._path},queues=1,client={int(self._client)}"
         # What is there already when forwarding starts is not to be thrown away.
         self._testpmd = Testpmd(device, mode=self._mode, pump=lambda: time.sleep(0.01), options="--no-flush-rx")
+        limit = time.monotonic() + START_LIMIT
+        while "testpmd> " not in self._testpmd.output:
+            if self._testpmd.process.poll() is not None or time.monotonic() > limit:
+                self.kill()
+                return False
+            time.sleep(0.02)
         self._testpmd.ready().start()
+        return True
 
     def received(self) -> int:
         """Frames that it has received."""
