@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.serving import PATIENCE, Serving
+from tests.vhost_user.serving import PATIENCE, Serving, until
 from virtio import DeviceId, Feature, NetDriver
 from virtio.devices.net import NetFeature
 from virtio.devices.rng import RngDriver
@@ -21,16 +21,17 @@ WINDOW = 100
 
 
 class Killer(threading.Thread):
-    """Kills `backend` so many times, each a little while after it was started."""
+    """Kills `backend` so many times, each a little while after it took over."""
 
-    def __init__(self, backend: Serving, kills: int) -> None:
+    def __init__(self, backend: Serving, transport: VhostUserTransport, kills: int) -> None:
         super().__init__()
-        self._backend, self._kills = backend, kills
+        self._backend, self._transport, self._kills = backend, transport, kills
         self._random = random.Random(kills)
 
     def run(self) -> None:
-        for _ in range(self._kills):
-            time.sleep(self._random.uniform(0, 0.2))
+        for number in range(self._kills):
+            until(lambda number=number: self._transport.reconnections >= number)
+            time.sleep(self._random.uniform(0, 0.1))
             self._backend.kill()
             self._backend.start()
 
@@ -61,7 +62,8 @@ def under_load(path: str, wanted: Features, protocol: Features, *, kills: int) -
         NetDriver(transport, wanted=wanted) as net,
     ):
         assert net.features >= wanted
-        killer = Killer(backend, kills)
+        assert transport.tracked == (ProtocolFeature.INFLIGHT_SHMFD in transport.frontend.protocol)
+        killer = Killer(backend, transport, kills)
         killer.start()
         sent, last = 0, time.monotonic()
         pending: set[int] = set()
@@ -78,7 +80,7 @@ def under_load(path: str, wanted: Features, protocol: Features, *, kills: int) -
             if len(pending) == WINDOW or not killer.is_alive():
                 net.wait(0.1)
         killer.join()
-        assert sent > WINDOW and transport.reconnections >= 1
+        assert sent > WINDOW and transport.reconnections >= kills - 1
         assert net.receiveq.broken is None and net.transmitq.broken is None
 
 
@@ -90,7 +92,7 @@ def test_every_request_is_answered(tmp_path: Path, ring_features: Features, prot
         VhostUserTransport(path, DeviceId.ENTROPY, timeout=PATIENCE, protocol_features=protocol) as transport,
         RngDriver(transport, wanted=ring_features) as rng,
     ):
-        killer = Killer(backend, 4)
+        killer = Killer(backend, transport, 4)
         killer.start()
         answers = 0
         while killer.is_alive():

@@ -36,7 +36,7 @@ ACCEPT_TIMEOUT: Final = 30.0
 """Seconds that a listening front-end waits for its first back-end."""
 RETRY: Final = 0.05
 """Seconds before the second attempt to connect again; each further one waits twice as long, up to `LONGEST_RETRY`."""
-LONGEST_RETRY: Final = 1.0
+LONGEST_RETRY: Final = 0.4
 QUEUE_SIZE: Final = 1024
 """Most entries of a queue, unless told otherwise: a back-end cannot be asked."""
 MOST_RINGS: Final = wire.VRING_INDEX_MASK + 1
@@ -152,6 +152,11 @@ class VhostUserTransport:
     def reconnections(self) -> int:
         """How many back-ends took the place of one before."""
         return self._reconnections
+
+    @property
+    def tracked(self) -> bool:
+        """Whether the back-end writes down what it has in flight, for the next one."""
+        return self._setup.tracked
 
     @property
     @locked

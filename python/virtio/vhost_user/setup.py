@@ -62,6 +62,11 @@ class Setup:
         """Whether the rings are."""
         return self.features is not None and Feature.RING_PACKED in self.features
 
+    @property
+    def tracked(self) -> bool:
+        """Whether there is an in-flight area."""
+        return self._area is not None
+
     # Memory.
 
     def attach(self, memory: Memory, frontend: Frontend | None) -> int:
