@@ -140,8 +140,11 @@ class GuestMemory:
         """One atomic little-endian store, marked dirty. ValueError: as `load`, or the value does not fit."""
     def start_dirty_log(self, pages: int) -> None:
         """Marks what a device writes, in pages of 4096 bytes from address 0 on, up to `pages` (at most 2^30). A new log starts clear."""
-    def take_dirty_log(self) -> bytes:
-        """The marks since the last call: page p is bit p % 8 of byte p // 8. StatusError: no log was started."""
+    def take_dirty_log(self) -> list[tuple[int, int]]:
+        """The marks since the last call, as words that have some, each behind its number: page p is bit p % 64 of word p // 64.
+
+        StatusError: no log was started.
+        """
     def stop_dirty_log(self) -> None:
         """Marks nothing any more."""
 

@@ -3,10 +3,12 @@
 import asyncio
 import gc
 import os
+import resource
 import select
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -264,6 +266,28 @@ def test_dirty_pages_are_logged(frontend: Frontend) -> None:
     assert not marked(GUEST + SIZE - 4096)
 
 
+def test_a_dirty_log_costs_what_is_written_not_how_far_the_guest_reaches(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = 1 << 42
+    monkeypatch.setattr("tests.vhost_user.frontend.GUEST", end - SIZE)
+    frontend.negotiate(Features({Feature.VERSION_1}))
+    log = Memory(end // 4096 // 8)
+    tracemalloc.start()
+    try:
+        assert frontend.ask(F.SET_LOG_BASE, wire.Log(log.size, 0), [log.fileno()])
+        assert not frontend.refused(F.SET_FEATURES, wire.U64(1 << 32 | 1 << 30 | 1 << 26))
+        queue, place = frontend.queue(0), frontend.room(16)
+        frontend.start(queue)
+        queue.add(None, writable=[place])
+        queue.publish()
+        frontend.turn()
+        frontend.stop(0)
+        assert tracemalloc.get_traced_memory()[1] < log.size // 64
+    finally:
+        tracemalloc.stop()
+    for address in (place[0], queue.areas[2]):
+        assert log.read(address // 4096 // 8, 1)[0] >> address // 4096 % 8 & 1
+
+
 def test_idle_it_sleeps_and_asyncio_can_run_it(backend: Backend, path: str) -> None:
     async def session() -> bytes:
         loop = asyncio.get_running_loop()
@@ -480,6 +504,32 @@ def test_the_front_end_may_vanish_after_any_byte(path: str, errors: list[Excepti
         assert len(descriptors()) == ready
         assert backend.connections == ON
     assert not errors
+
+
+def test_without_descriptors_it_says_so_once_and_sleeps_until_there_are_some(backend: Backend, path: str, errors: list[Exception]) -> None:
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(path)
+        was = resource.getrlimit(resource.RLIMIT_NOFILE)
+        least = os.dup(waiting.fileno())
+        os.close(least)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, was[1]))
+        try:
+            for _ in range(20):
+                backend.process()
+                assert not select.select([backend.fileno()], [], [], 0)[0]
+                assert backend.wait_time is not None
+            for _ in range(3):
+                backend.process(None)  # sleeps, and tries again
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, was)
+        assert [type(error) for error in errors] == [OSError]
+        while not backend.accepted:
+            backend.process(None)
+    assert backend.connections == 1
+    while backend.connections:
+        backend.process(None)
+    assert backend.wait_time is None
+    assert len(errors) == 1
 
 
 def test_one_device_has_one_connection_at_a_time(path: str, errors: list[Exception]) -> None:

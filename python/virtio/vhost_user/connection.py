@@ -531,13 +531,10 @@ class Connection:
         """Carries the marks of what was written over to the front-end's log."""
         if self._log is None or not self._logging:
             return
-        marks = self.device.memory.take_dirty_log()
-        for at in range(0, len(marks), 4096):  # most are zero: whole pieces are passed over
-            piece = marks[at : at + 4096]
-            if any(piece):
-                for offset, bits in enumerate(piece, at):
-                    if bits and offset < self._log.size:
-                        self._log.store(offset, 1, self._log.load(offset, 1) | bits)
+        for number, word in self.device.memory.take_dirty_log():
+            for offset, bits in enumerate(word.to_bytes(8, "little"), 8 * number):
+                if bits and offset < self._log.size:
+                    self._log.store(offset, 1, self._log.load(offset, 1) | bits)
 
     def close(self) -> None:
         """Resets the device and takes all from it; closes everything that is the connection's. Again does nothing."""

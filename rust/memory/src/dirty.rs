@@ -1,8 +1,9 @@
 //! Which pages the device side wrote: what live migration copies again.
 
 use crate::error::MemoryError;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{AcqRel, Release};
+use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
 /// Bytes per page of the bitmap, whatever the machine's page size (as vhost's log has it).
 pub const PAGE_SIZE: u64 = 4096;
@@ -10,10 +11,13 @@ pub const PAGE_SIZE: u64 = 4096;
 /// The most pages one bitmap covers: 4 TiB of guest memory.
 const MAX_PAGES: u64 = 1 << 30;
 
-/// One bit for each page of the guest's address space from 0 on.
+/// Words of one chunk: 128 MiB of guest memory.
+const CHUNK: usize = 512;
+
+/// One bit for each page of the guest's address space from 0 on. Guests choose their addresses, so what nobody wrote takes no room.
 #[derive(Debug)]
 pub struct DirtyBitmap {
-    words: Box<[AtomicU64]>,
+    chunks: Box<[OnceLock<Box<[AtomicU64; CHUNK]>>]>,
     pages: u64,
 }
 
@@ -26,7 +30,7 @@ impl DirtyBitmap {
         if pages == 0 || pages > MAX_PAGES {
             return Err(MemoryError::BadSize { what: "dirty bitmap's pages", value: pages, min: 1, max: MAX_PAGES, multiple_of: 1 });
         }
-        Ok(Self { words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), pages })
+        Ok(Self { chunks: (0..pages.div_ceil(64 * CHUNK as u64)).map(|_| OnceLock::new()).collect(), pages })
     }
 
     /// How many pages it covers.
@@ -42,15 +46,23 @@ impl DirtyBitmap {
         }
         let last = (address.saturating_add(len - 1) / PAGE_SIZE).min(self.pages - 1);
         for page in address / PAGE_SIZE..=last {
+            let word = (page / 64) as usize;
+            let chunk = self.chunks[word / CHUNK].get_or_init(|| Box::new([const { AtomicU64::new(0) }; CHUNK]));
             // Always a read-modify-write, even if the bit is set: it orders the bytes just written before a `take` that clears the bit now.
-            self.words[(page / 64) as usize].fetch_or(1 << (page % 64), Release);
+            chunk[word % CHUNK].fetch_or(1 << (page % 64), Release);
         }
     }
 
-    /// Takes the marks: bit `page % 8` of byte `page / 8`, as many bytes as the pages need. The bitmap is clear afterwards.
-    pub fn take(&self) -> Vec<u8> {
-        let mut bytes: Vec<u8> = self.words.iter().flat_map(|word| word.swap(0, AcqRel).to_le_bytes()).collect();
-        bytes.truncate(self.pages.div_ceil(8) as usize);
-        bytes
+    /// Takes the marks, in words that have some: bit b of the word with number n is page 64 n + b. The bitmap is clear afterwards.
+    pub fn take(&self) -> Vec<(u64, u64)> {
+        let mut taken = Vec::new();
+        for (number, chunk) in self.chunks.iter().enumerate() {
+            for (at, word) in chunk.get().into_iter().flat_map(|chunk| chunk.iter().enumerate()) {
+                if word.load(Relaxed) != 0 {
+                    taken.push(((number * CHUNK + at) as u64, word.swap(0, AcqRel)));
+                }
+            }
+        }
+        taken
     }
 }

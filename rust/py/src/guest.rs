@@ -124,10 +124,10 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The marks since the last call: page p is bit p % 8 of byte p // 8.
-    fn take_dirty_log<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Error> {
+    /// The marks since the last call, as words that have some, each behind its number: page p is bit p % 64 of word p // 64.
+    fn take_dirty_log(&self) -> Result<Vec<(u64, u64)>, Error> {
         match self.table().dirty() {
-            Some(bitmap) => Ok(PyBytes::new(py, &bitmap.take())),
+            Some(bitmap) => Ok(bitmap.take()),
             None => Err(Error::Status("no dirty log was started".into())),
         }
     }

@@ -138,8 +138,8 @@ fn device_18_what_is_published_is_marked_dirty() {
             let dirty = Arc::new(DirtyBitmap::new(pages).expect("bitmap"));
             rig.memory.set_dirty(Some(dirty.clone()));
             let marked = || -> Vec<u64> {
-                let bits = dirty.take();
-                (0..pages).filter(|page| bits[(page / 8) as usize] >> (page % 8) & 1 == 1).collect()
+                let bits = |(number, word)| (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| 64 * number + bit);
+                dirty.take().into_iter().flat_map(bits).collect()
             };
             // Positions 1020 to 1028: the last element of the ring and the first.
             for round in 0..205 {

@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use virtio_memory::{DirtyBitmap, MemoryError, PAGE_SIZE, Region, RegionTable};
 
-fn pages(bytes: &[u8]) -> BTreeSet<u64> {
-    (0..bytes.len() as u64 * 8).filter(|page| bytes[(page / 8) as usize] >> (page % 8) & 1 == 1).collect()
+fn pages(words: &[(u64, u64)]) -> BTreeSet<u64> {
+    words.iter().flat_map(|(number, word)| (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| 64 * number + bit)).collect()
 }
 
 #[test]
@@ -56,9 +56,19 @@ fn pages_beyond_the_bitmap_are_left_out() {
     bitmap.mark(u64::MAX, 1);
     bitmap.mark(u64::MAX, u64::MAX);
     bitmap.mark(0, 0);
-    assert_eq!(bitmap.take(), [0, 1]);
+    assert_eq!(bitmap.take(), [(0, 0x100)]);
     bitmap.mark(0, u64::MAX);
-    assert_eq!(bitmap.take(), [0xff, 1]);
+    assert_eq!(bitmap.take(), [(0, 0x1ff)]);
+}
+
+#[test]
+fn marks_far_apart_are_told_by_their_words_alone() {
+    let bitmap = DirtyBitmap::new(1 << 30).unwrap();
+    let edge = (1 << 15) * PAGE_SIZE;
+    bitmap.mark((1 << 42) - 1, 1);
+    bitmap.mark(edge - 1, 2);
+    assert_eq!(bitmap.take(), [(511, 1 << 63), (512, 1), ((1 << 24) - 1, 1 << 63)]);
+    assert_eq!(bitmap.take(), []);
 }
 
 #[test]
@@ -80,9 +90,9 @@ proptest! {
                 model.extend((address / PAGE_SIZE..=(address + len - 1) / PAGE_SIZE).filter(|page| *page < 257));
             }
         }
-        let bytes = bitmap.take();
-        prop_assert_eq!(bytes.len(), 33);
-        prop_assert_eq!(pages(&bytes), model);
-        prop_assert!(bitmap.take().iter().all(|byte| *byte == 0));
+        let words = bitmap.take();
+        prop_assert!(words.iter().all(|(_, word)| *word != 0));
+        prop_assert_eq!(pages(&words), model);
+        prop_assert_eq!(bitmap.take(), []);
     }
 }
