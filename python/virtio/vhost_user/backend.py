@@ -26,7 +26,7 @@ from virtio.vhost_user.connection import PROTOCOL, Connection
 from virtio.vhost_user.socket import Link, adopt, check_path, connect, listen, listening
 
 RETRY: Final = 0.1
-"""Seconds between attempts to connect."""
+"""Seconds between attempts to connect, and to accept once that has failed."""
 LOG_INTERVAL: Final = 0.05
 """Seconds between writes to a dirty log."""
 
@@ -78,6 +78,7 @@ class Backend:
         self._path: str | None = None
         self._listener: socket.socket | None = None
         self._accepting = False
+        self._accept_at: float | None = None
         self._connecting = False
         self._retry_at = 0.0
         self._connections: list[Connection] = []
@@ -121,6 +122,8 @@ class Backend:
         waits: list[float] = []
         if self._connecting and not self._connections:
             waits.append(max(0.0, self._retry_at - time.monotonic()))
+        if self._accept_at is not None and self._room and not self._accepting:
+            waits.append(max(0.0, self._accept_at - time.monotonic()))
         if any(connection.busy for connection in self._connections):
             waits.append(0.0)
         if any(connection.waiting for connection in self._connections):
@@ -140,6 +143,8 @@ class Backend:
             self._over()
         if self._connecting and not self._connections and self._retry_at <= time.monotonic():
             self._connect()
+        if self._accept_at is not None:
+            self._accept_or_not()
         wait = self.wait_time
         sleep = wait if timeout is None else timeout if wait is None else min(wait, timeout)
         # Messages first: a ring that is disabled or moved by one, or whose front-end is gone, is not served once more as it was.
@@ -263,9 +268,13 @@ class Backend:
             accepted, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # no descriptor is left: it waits until one is
-            self.report(error)
+        except OSError as error:  # no descriptor is left: what waits keeps the listener readable, so nobody looks at it for a while
+            if self._accept_at is None:
+                self.report(error)
+            self._accept_at = time.monotonic() + RETRY
+            self._accept_or_not()
             return
+        self._accept_at = None
         self._begin(accepted)
 
     def _begin(self, connected: socket.socket) -> None:
@@ -285,9 +294,13 @@ class Backend:
             self._connections = [connection for connection in self._connections if not connection.closed]
             self._accept_or_not()
 
+    @property
+    def _room(self) -> bool:
+        """Whether there may be another connection. A device that is taken takes no second one: it waits in the kernel."""
+        return self._listener is not None and not (isinstance(self._device, Device) and self._connections)
+
     def _accept_or_not(self) -> None:
-        """A device that is taken takes no second connection: it waits in the kernel."""
-        wanted = self._listener is not None and not (isinstance(self._device, Device) and self._connections)
+        wanted = self._room and (self._accept_at is None or self._accept_at <= time.monotonic())
         if wanted is not self._accepting and self._listener is not None:
             self._accepting = wanted
             if wanted:
