@@ -13,6 +13,7 @@ from virtio import (
     DeviceQueue,
     DriverQueue,
     EventFd,
+    Feature,
     GuestMemory,
     Memory,
     NetDevice,
@@ -21,6 +22,7 @@ from virtio import (
     layout,
     need_event,
 )
+from virtio._core import DevicePort, PortGroup
 from virtio.transport.loopback import LoopbackTransport
 
 SIZE = 1 << 20
@@ -36,6 +38,13 @@ def chain_of(pair: Pair) -> Any:
     pair.driver.add("token", readable=[(BASE, 4)], writable=[(BASE + 64, 10)])
     pair.driver.publish()
     return pair.device.pop()[0]
+
+
+def group(pair: Pair, senders: Any) -> PortGroup:
+    """Of two ports, on any queues: nothing moves."""
+    other = DeviceQueue(pair.guest, 8, pair.driver.areas, index=1)
+    port = DevicePort(pair.device, other, features=1 << Feature.VERSION_1)
+    return PortGroup((port, port), senders)
 
 
 INTEGERS: list[tuple[str, Call]] = [
@@ -92,6 +101,9 @@ INTEGERS: list[tuple[str, Call]] = [
     ("length", lambda p, x: chain_of(p).read(x)),
     ("offset", lambda p, x: chain_of(p).write(b"a", offset=x)),
     ("queue size", lambda p, x: layout(x)),
+    ("senders", lambda p, x: group(p, x)),
+    ("pair", lambda p, x: group(p, 2).one(x)),
+    ("limit", lambda p, x: group(p, 2).receive_frames(x)),
     ("event", lambda p, x: need_event(x, 0, 0)),
     ("new", lambda p, x: need_event(0, x, 0)),
     ("old", lambda p, x: need_event(0, 0, x)),
