@@ -224,7 +224,9 @@ class Netdev(Running):
     def _counted(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for pumps in list(self._pumps):
-            found = add_statistics(found, {"transmit": pumps.transmit.statistics, "receive": pumps.receive.statistics})
+            found = add_statistics(found, {"transmit": pumps.transmit.statistics})
+            if pumps.receive is not None:
+                found = add_statistics(found, {"receive": pumps.receive.statistics})
         return found
 
     def _check_alone(self, step: str) -> None:
@@ -262,7 +264,8 @@ class Netdev(Running):
         pumps, self._pumps = self._pumps, []
         for pair in pumps:
             for pump in pair:
-                pump.close()
+                if pump is not None:
+                    pump.close()
 
     def _unplug(self) -> None:
         """The cable is pulled."""

@@ -119,7 +119,8 @@ class Pumps(NamedTuple):
     """The pumps of one queue pair and its queue of the TAP, by the queue that they serve."""
 
     transmit: Pump
-    receive: Pump
+    receive: Pump | None
+    """None if the pair is not in use: what its driver sent before it said so is taken (5.1.6.5.5), and nothing given."""
 
 
 class End:
@@ -157,7 +158,8 @@ class End:
         raise NotImplementedError
 
     def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
-        """Sets the TAP's offloads and makes its pumps, for pairs with these descriptors of its queues. ValueError: slots are too small."""
+        """Sets the TAP's offloads and makes its pumps, for pairs with these descriptors of its queues; a device's other pairs send to the
+        first of these. ValueError: slots are too small."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -221,8 +223,8 @@ class _Device(End):
         return found
 
     def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
-        port, features = self.port, self.features
-        taken = tap.set_offloads(next(iter(descriptors.values())), port.header_size, tap.offloads(features, driver=False))
+        port, features, first = self.port, self.features, next(iter(descriptors.values()))
+        taken = tap.set_offloads(first, port.header_size, tap.offloads(features, driver=False))
         longest = MAX_FRAME if taken & tap.SEGMENTATION else mtu + AROUND_PACKET
         found = []
         for pair, descriptor in descriptors.items():
@@ -232,6 +234,10 @@ class _Device(End):
             transmit = Pump.device_transmit(transmitq, descriptor, features=features, doorbell=sent)
             receive = Pump.device_receive(receiveq, descriptor, features=features, doorbell=filled, longest=longest)
             found.append(Pumps(transmit, receive))
+        for pair in sorted(set(range(self.queue_pairs)) - set(descriptors)):
+            transmitq, sent = port.queue(2 * pair + 1), port.doorbell(2 * pair + 1)
+            if transmitq is not None and sent is not None:
+                found.append(Pumps(Pump.device_transmit(transmitq, first, features=features, doorbell=sent), None))
         return found
 
     def failed(self) -> None:

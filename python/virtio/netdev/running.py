@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import RLock, Thread, current_thread
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from virtio import arguments
 from virtio._core import EventFd, Pump, PumpRunner
 from virtio.errors import StatusError, VirtioError
 from virtio.netdev.ends import End, Pumps
+
+TOGETHER: Final = 15
+"""Pairs out of use of one interface that share a thread; a runner takes 31 pumps, and there may be two interfaces."""
 
 
 class Member(Protocol):
@@ -222,7 +225,8 @@ class Running:
         for member in self._members:
             for pumps in member._pumps:
                 for pump in pumps:
-                    pump.close()
+                    if pump is not None:
+                        pump.close()
             member._remove()
 
     def _check_caller(self) -> None:
@@ -240,8 +244,10 @@ class Running:
             # The end that writes frames to the queue goes first, so that the other finds them in the same round.
             for member in self._members:
                 for number, pumps in enumerate(member._plug()):
-                    groups.setdefault((number, "transmit"), []).append(pumps.transmit)
-                    groups.setdefault((number, "receive"), []).append(pumps.receive)
+                    thread = number if pumps.receive is not None else -1 - number // TOGETHER
+                    groups.setdefault((thread, "transmit"), []).append(pumps.transmit)
+                    if pumps.receive is not None:
+                        groups.setdefault((thread, "receive"), []).append(pumps.receive)
             self._life = Life(list(groups.values()))
             self._life.begin()
         except BaseException:
