@@ -1,7 +1,12 @@
 """Frames between two drivers of ours through Open vSwitch with DPDK, and through a logical switch of OVN's."""
 
+import re
+import shlex
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +82,22 @@ def test_frames_pass_a_logical_switch_of_ovn() -> None:
             (ovn.add_logical_port("lp1", THEIRS.hex(":")), False, SPLIT),
         )
         exchange(near, far)
+
+
+def test_the_recipe_of_the_documents() -> None:
+    """Its commands and its program as they stand there; the switch and its folder are this test's."""
+    recipe = (Path(__file__).parents[2] / "docs/serving.md").read_text().partition("\n## Open vSwitch\n")[2].partition("\n## ")[0]
+    ports = re.findall(r"^    ovs-vsctl (add-port .*)$", recipe, flags=re.MULTILINE)
+    [program] = re.findall(r"^```python\n(.*?)^```$", recipe, flags=re.MULTILINE | re.DOTALL)
+    assert len(ports) == 2
+    with Switch() as switch:
+
+        def here(text: str) -> str:
+            for folder in ("/run/openvswitch/", "/run/"):
+                text = text.replace(folder, f"{switch.folder}/")
+            return text
+
+        for port in ports:
+            switch.control(*shlex.split(here(port)))
+        done = subprocess.run([sys.executable, "-c", here(program)], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0 and done.stdout == "60 bytes came through the switch\n", done.stdout + done.stderr
