@@ -24,6 +24,33 @@ PLAIN_USER: Sequence[str] = ("setpriv", "--bounding-set", "-all,+setfcap", "--in
 DEVICES = pytest.mark.parametrize("device", [(), ("--qemu",)], ids=["emulated", "qemu"])
 
 
+SESSION = (
+    r"^vn0: 192\.168\.90\.1/24, up$",
+    r"^peer0: 192\.168\.90\.2/24, up, in a namespace of its own$",
+    r"^\$ ping .*192\.168\.90\.2$",
+    r"^6 packets transmitted, 6 received, 0% packet loss",
+    r"^\$ iperf3 -c 192\.168\.90\.2 -t 1 ",
+    r"receiver$",
+    r"^\$ iperf3 .* -R$",
+    r"receiver$",
+    r"^vn0 to peer0 +[\d,]+$",
+    r"^peer0 to vn0 +[\d,]+$",
+    r"^frames sent +[\d,]+ +[\d,]+$",
+    r"^notifications sent",
+    r"^6 of 6 pings answered",
+)
+"""What it says once the driver has its device."""
+
+
+def in_order(patterns: Sequence[str], text: str) -> None:
+    """Each is found behind the one before it."""
+    place = 0
+    for pattern in patterns:
+        found = re.compile(pattern, flags=re.MULTILINE).search(text, place)
+        assert found, f"{pattern} not found behind:\n{text[:place]}"
+        place = found.end()
+
+
 def demo(*words: str, before: Sequence[str] = (), **more: str) -> dict[str, Any]:
     """The JSON document, whose shape docs/command.md tells."""
     done = run("demo", "--seconds", "1", "--json", *words, before=before, **more)
@@ -46,32 +73,18 @@ def test_the_session_is_told_line_by_line(device: tuple[str, ...], tmp_path: Pat
     with nothing_left(tmp_path) as more:
         done = run("demo", "--seconds", "1", *device, **more)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    order = [
-        r"^virtio_pci0: <virtio-net 1af4:1041 revision \d+> at 0000:\w\w:\w\w\.0$",
-        r"^virtio_pci0: BAR 4: 16 KiB of memory64 at 0x\w+$",
-        r"^virtio_pci0: interrupts: MSI-X",
-        r"^virtio_pci0: features offered: .*MAC.*VERSION_1",
-        r"^virtio_pci0: features accepted: .*MAC.*VERSION_1",
-        r"^vn0: Ethernet address: (?:\w\w:){5}\w\w$",
-        r"^vn0: 192\.168\.90\.1/24, up$",
-        r"^peer0: 192\.168\.90\.2/24, up, in a namespace of its own$",
-        r"^\$ ping .*192\.168\.90\.2$",
-        r"^6 packets transmitted, 6 received, 0% packet loss",
-        r"^\$ iperf3 -c 192\.168\.90\.2 -t 1 ",
-        r"receiver$",
-        r"^\$ iperf3 .* -R$",
-        r"receiver$",
-        r"^vn0 to peer0 +[\d,]+$",
-        r"^peer0 to vn0 +[\d,]+$",
-        r"^frames sent +[\d,]+ +[\d,]+$",
-        r"^notifications sent",
-        r"^6 of 6 pings answered",
-    ]
-    place = 0
-    for pattern in order:
-        found = re.compile(pattern, flags=re.MULTILINE).search(done.stdout, place)
-        assert found, f"{pattern} not found behind:\n{done.stdout[:place]}"
-        place = found.end()
+    in_order(
+        [
+            r"^virtio_pci0: <virtio-net 1af4:1041 revision \d+> at 0000:\w\w:\w\w\.0$",
+            r"^virtio_pci0: BAR 4: 16 KiB of memory64 at 0x\w+$",
+            r"^virtio_pci0: interrupts: MSI-X",
+            r"^virtio_pci0: features offered: .*MAC.*VERSION_1",
+            r"^virtio_pci0: features accepted: .*MAC.*VERSION_1",
+            r"^vn0: Ethernet address: (?:\w\w:){5}\w\w$",
+            *SESSION,
+        ],
+        done.stdout,
+    )
     assert "\x1b" not in done.stdout
 
 

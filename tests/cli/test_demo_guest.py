@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -13,11 +14,28 @@ import pytest
 
 from tests.cli.run import LIMIT, beside, failed, marked, nothing_left, run, until_it_listens
 from tests.cli.run import MARK as MARK_NAME
-from tests.cli.test_demo import PLAIN_USER
+from tests.cli.test_demo import PLAIN_USER, SESSION, in_order
 
 GUESTS = [pytest.param("uml", marks=pytest.mark.uml), pytest.param("qemu", marks=pytest.mark.guest)]
 PROGRAM = {"uml": "linux.uml", "qemu": "qemu-system-x86_64"}
 BOTH = pytest.mark.parametrize("guest", GUESTS)
+
+
+def until(process: "subprocess.Popen[str]", beginning: str) -> None:
+    """Reads what the command says, up to a line that begins so."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+
+
+def strike(mark: str, guest: str, number: signal.Signals) -> None:
+    """Sends a signal to all processes of the guest."""
+    for each in marked(mark):
+        process, _, words = each.partition(" ")
+        if words.startswith(f"b'{PROGRAM[guest]}"):
+            with suppress(ProcessLookupError):
+                os.kill(int(process), number)
 
 
 @BOTH
@@ -25,36 +43,21 @@ def test_the_session_is_told_line_by_line(guest: str, tmp_path: Path) -> None:
     with nothing_left(tmp_path) as more:
         done = run("demo", f"--guest={guest}", "--seconds", "1", **more)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    order = [
-        r"^virtio0: <virtio-net> over vhost-user$",
-        r"^virtio0: features offered: .*MAC.*VERSION_1",
-        rf"^\$ {PROGRAM[guest]} ",
-        r"^Linux 6\.\S+ is up$",
-        r"^\[ +[\d.]+\] .*(?:virtio-uml|1af4)",
-        r"^\[ +[\d.]+\] virtio_net virtio0 vn0: renamed from eth0$",
-        r"^virtio0: features accepted: .*MAC.*EVENT_IDX, VERSION_1",
-        r"^virtio0: receiveq1 256 entries, transmitq1 256 entries, split rings$",
-        r"^vn0: Ethernet address: (?:\w\w:){5}\w\w$",
-        r"^vn0: 192\.168\.90\.1/24, up$",
-        r"^peer0: 192\.168\.90\.2/24, up, in a namespace of its own$",
-        r"^\$ ping .*192\.168\.90\.2$",
-        r"^6 packets transmitted, 6 received, 0% packet loss",
-        r"^\$ iperf3 -c 192\.168\.90\.2 -t 1 ",
-        r"receiver$",
-        r"^\$ iperf3 .* -R$",
-        r"receiver$",
-        r"^vn0 to peer0 +[\d,]+$",
-        r"^peer0 to vn0 +[\d,]+$",
-        r"^frames sent +[\d,]+ +[\d,]+$",
-        r"^sent frames dropped +\d+ +\d+$",
-        r"^notifications sent",
-        r"^6 of 6 pings answered",
-    ]
-    place = 0
-    for pattern in order:
-        found = re.compile(pattern, flags=re.MULTILINE).search(done.stdout, place)
-        assert found, f"{pattern} not found behind:\n{done.stdout[:place]}"
-        place = found.end()
+    in_order(
+        [
+            r"^virtio0: <virtio-net> over vhost-user$",
+            r"^virtio0: features offered: .*MAC.*VERSION_1",
+            rf"^\$ {PROGRAM[guest]} ",
+            r"^Linux 6\.\S+ is up$",
+            r"^\[ +[\d.]+\] .*(?:virtio-uml|1af4)",
+            r"^\[ +[\d.]+\] virtio_net virtio0 vn0: renamed from eth0$",
+            r"^virtio0: features accepted: .*MAC.*EVENT_IDX, VERSION_1",
+            r"^virtio0: receiveq1 256 entries, transmitq1 256 entries, split rings$",
+            r"^vn0: Ethernet address: (?:\w\w:){5}\w\w$",
+            *SESSION,
+        ],
+        done.stdout,
+    )
     assert "\x1b" not in done.stdout
 
 
@@ -88,15 +91,8 @@ def test_without_rights_it_makes_itself_a_user_namespace_or_says_why_not(guest: 
 @BOTH
 def test_a_guest_that_dies_in_the_middle_ends_it_with_one_line(guest: str, tmp_path: Path) -> None:
     with nothing_left(tmp_path) as more, beside("demo", f"--guest={guest}", "--seconds", "30", **more) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("[ ID]"):
-                break
-        for each in marked(more[MARK_NAME]):
-            number, _, words = each.partition(" ")
-            if words.startswith(f"b'{PROGRAM[guest]}"):
-                with suppress(ProcessLookupError):
-                    os.kill(int(number), signal.SIGKILL)
+        until(process, "[ ID]")
+        strike(more[MARK_NAME], guest, signal.SIGKILL)
         said = process.communicate(timeout=LIMIT)[1]
         assert process.returncode == 1 and re.fullmatch(rf"virtio: {PROGRAM[guest]} was ended by SIGKILL.*\n", said), said
 
@@ -105,14 +101,8 @@ def test_a_guest_that_dies_in_the_middle_ends_it_with_one_line(guest: str, tmp_p
 def test_a_guest_that_hangs_ends_it_in_time_with_one_line(tmp_path: Path) -> None:
     guest = "uml"
     with nothing_left(tmp_path) as more, beside("demo", f"--guest={guest}", "--seconds", "1", **more) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("PING "):
-                break
-        for each in marked(more[MARK_NAME]):
-            number, _, words = each.partition(" ")
-            if words.startswith(f"b'{PROGRAM[guest]}"):
-                os.kill(int(number), signal.SIGSTOP)
+        until(process, "PING ")
+        strike(more[MARK_NAME], guest, signal.SIGSTOP)
         began = monotonic()
         said = process.communicate(timeout=LIMIT)[1]
         assert process.returncode == 1 and re.fullmatch(rf"virtio: {PROGRAM[guest]} did not finish 'ping' in time.*\n", said), said

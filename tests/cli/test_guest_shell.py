@@ -81,6 +81,19 @@ def test_a_program_that_is_missing_is_told_with_its_package(program: str, packag
         guests.require([program])
 
 
+@pytest.mark.parametrize(("flags", "needed"), [("fpu sse2 avx512f", False), ("fpu amx_tile avx512f", True)])
+def test_a_library_for_amx_is_made_where_it_is_needed(flags: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    monkeypatch.setattr(guests, "CPUINFO", tmp_path / "cpuinfo")
+    found = guests.xstate(tmp_path)
+    assert set(found) == ({"LD_PRELOAD"} if needed else set())
+    if needed:
+        assert Path(found["LD_PRELOAD"]).read_bytes().startswith(b"\x7fELF")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(CommandError, match="AMX needs a C compiler: install the Debian packages gcc and libc6-dev"):
+            guests.xstate(tmp_path)
+
+
 @pytest.fixture
 def kernel(tmp_path: Path) -> Callable[[dict[str, str]], Kernel]:
     def make(modules: dict[str, str]) -> Kernel:

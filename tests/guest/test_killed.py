@@ -52,13 +52,13 @@ def until_moved(namespace: Namespace, more: int) -> None:
         time.sleep(0.05)
 
 
-def test_streams_go_on_behind_a_back_end_that_was_killed(kernel: Kernel, tmp_path: Path) -> None:
-    """On split rings. Of packed ones QEMU forgets the position when its back-end vanishes, and begins anew where the guest does not."""
+def test_streams_go_on_behind_a_back_end_that_was_killed(kernel: Kernel, tmp_path: Path, ring_features: Features) -> None:
+    """Of packed rings QEMU forgets the position when its back-end vanishes: the descriptors tell it."""
     path = str(tmp_path / "net")
-    rings = Features({Feature.VERSION_1})
+    card = f",packed={'on' if Feature.RING_PACKED in ring_features else 'off'}"
     with Namespace() as namespace, ExitStack() as running:
-        running.enter_context(back_end(path, namespace, rings))
-        with Machine(kernel, path, chardev=",reconnect-ms=100") as machine:
+        running.enter_context(back_end(path, namespace, ring_features))
+        with Machine(kernel, path, card=card, chardev=",reconnect-ms=100") as machine:
             machine.boot()
             machine.ping()
             for way in ("", "-R"):
@@ -67,7 +67,7 @@ def test_streams_go_on_behind_a_back_end_that_was_killed(kernel: Kernel, tmp_pat
                     for _ in range(2):
                         until_moved(namespace, MIB)
                         running.close()  # by SIGKILL
-                        running.enter_context(back_end(path, namespace, rings))
+                        running.enter_context(back_end(path, namespace, ring_features))
                     until_moved(namespace, MIB)
                     assert machine.run("wait %1", limit=90)[0] == 0, machine.read("cat /tmp/stream")
                 machine.ping()

@@ -30,6 +30,7 @@ PACKAGES: Final = {**PROGRAMS, QEMU: "qemu-system-x86", UML: UML_PACKAGE, "ip": 
 """Programs, and the Debian packages that have them."""
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 UML_MODULES: Final = Path("/usr/lib/uml/modules")
+CPUINFO: Final = Path("/proc/cpuinfo")
 XSTATE: Final = Path(__file__).with_name("xstate.c")
 BOOT_SECONDS: Final = 90.0
 """Seconds that a guest has until its shell is there: many times what it needs."""
@@ -280,7 +281,7 @@ def xstate(folder: Path) -> dict[str, str]:
     CommandError: that has to be compiled, and there is no C compiler.
     """
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), flags=re.MULTILINE)
     except OSError:
         flags = None
     if flags is None or "amx_tile" not in flags[1].split():

@@ -85,7 +85,9 @@ class InGuest:
     def run(self, words: Sequence[str], limit: float, show: Show) -> tuple[int, list[str]]:
         """As of `Place`."""
         status, lines = self._guest.run(shlex.join(words), limit=limit, show=show)
-        return (status if status <= _SIGNALLED else _SIGNALLED - status), lines
+        if status:
+            self._guest.read("true")  # a guest that is dying takes its programs along: that is what is told then
+        return (_SIGNALLED - status if status - _SIGNALLED in signal.valid_signals() else status), lines
 
 
 class Programs:

@@ -22,6 +22,7 @@ from virtio.vhost_user import effects as fx
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend_session import Answer, BackendSession, Send, descriptors_of
 from virtio.vhost_user.message import ProtocolFeature
+from virtio.vhost_user.position import START, packed_base
 from virtio.vhost_user.serving import Loop, Ring
 from virtio.vhost_user.socket import Link
 from virtio.vhost_user.tracking import InflightArea
@@ -399,10 +400,13 @@ class Connection:
         """Where the ring resumes. Some front-ends give packed rings no base at all, and a ring that no device wrote tells; some give only
         the available position, as if there were 16 bits, and nothing is then in flight."""
         assert ring.areas is not None and self._features is not None
-        if Feature.RING_PACKED not in self._features or ring.base >> 16:
+        packed = Feature.RING_PACKED in self._features
+        if packed and ring.base == START and self._inflight is None:  # QEMU says that of one, too, whose back-end vanished
+            return packed_base([self.device.memory.load(ring.areas[0] + 16 * index + 14, 2) for index in range(ring.size)])
+        if not packed or ring.base >> 16:
             return ring.base
         if ring.base == 0 and not self.device.memory.load(ring.areas[0] + 14, 2) >> 15:
-            return 1 << 31 | 1 << 15
+            return START
         return ring.base << 16 | ring.base
 
     def _take_off(self, index: int) -> None:
