@@ -156,7 +156,10 @@ class Source:
 
 
 class Link:
-    """A connected socket, not blocking: whole messages out, pieces of messages in. It owns the socket."""
+    """A connected socket: whole messages out, pieces of messages in. It owns the socket.
+
+    Nothing waits, even if somebody who shares the socket makes it blocking.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
@@ -175,7 +178,9 @@ class Link:
     def receive(self, needed: int) -> tuple[bytes, list[int]] | None:
         """At most `needed` bytes and the descriptors that came with them; b"" if the peer is gone, None if there is nothing yet."""
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(min(needed, HEADER.size + MAX_BODY), _ROOM, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, _, _ = self._socket.recvmsg(
+                min(needed, HEADER.size + MAX_BODY), _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -201,7 +206,7 @@ class Link:
             data, descriptors = self._waiting[0]
             try:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-                count = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+                count = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:

@@ -5,12 +5,24 @@ use crate::error::{MemoryError, last_errno};
 use crate::registers::Registers;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// An eventfd, non-blocking.
+/// An eventfd that waits for nobody. O_NONBLOCK belongs to the open file, so who shares it may clear it: nothing here relies on it once
+/// somebody does.
 #[derive(Debug)]
 pub struct EventFd {
     fd: OwnedFd,
+    kind: Kind,
+    /// Whether the open file may be somebody else's too.
+    shared: AtomicBool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    EventFd,
+    Pipe,
+    Socket,
 }
 
 impl EventFd {
@@ -23,18 +35,17 @@ impl EventFd {
         unsafe {
             match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
                 fd if fd < 0 => Err(MemoryError::last_os("eventfd")),
-                fd => Ok(Self { fd: OwnedFd::from_raw_fd(fd) }),
+                fd => Ok(Self { fd: OwnedFd::from_raw_fd(fd), kind: Kind::EventFd, shared: AtomicBool::new(false) }),
             }
         }
     }
 
-    /// One that somebody passed. It is made non-blocking, for all who share it. A peer that makes it blocking again, and fills it, can still
-    /// make `signal` wait.
+    /// One that somebody passed. It is made non-blocking, for all who share it.
     ///
     /// # Errors
     /// `NotEventFd` for a descriptor of another kind; `Os` if its flags cannot be changed.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, MemoryError> {
-        Self::passed(fd, |kind| kind == "anon_inode:[eventfd]")
+        Self::passed(fd, |kind| matches!(kind, Kind::EventFd))
     }
 
     /// As [`EventFd::from_fd`], but a pipe or socket is taken too: eight bytes written into it are a signal (User-Mode Linux is called so).
@@ -42,28 +53,62 @@ impl EventFd {
     /// # Errors
     /// As `from_fd`.
     pub fn from_fd_or_stream(fd: OwnedFd) -> Result<Self, MemoryError> {
-        Self::passed(fd, |kind| kind == "anon_inode:[eventfd]" || kind.starts_with("pipe:") || kind.starts_with("socket:"))
+        Self::passed(fd, |_| true)
     }
 
-    fn passed(fd: OwnedFd, right: fn(&str) -> bool) -> Result<Self, MemoryError> {
+    fn passed(fd: OwnedFd, right: fn(Kind) -> bool) -> Result<Self, MemoryError> {
         // Eight bytes written into anything else would be damage. Where there is no /proc, the kind cannot be told.
-        match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
-            Ok(kind) if !kind.to_str().is_some_and(right) => return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() }),
-            _ => {}
-        }
+        let kind = match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            Ok(name) => match name.to_str() {
+                Some("anon_inode:[eventfd]") => Some(Kind::EventFd),
+                Some(name) if name.starts_with("pipe:") => Some(Kind::Pipe),
+                Some(name) if name.starts_with("socket:") => Some(Kind::Socket),
+                _ => None,
+            },
+            Err(_) => Some(Kind::EventFd),
+        };
+        let Some(kind) = kind.filter(|kind| right(*kind)) else {
+            return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() });
+        };
         set_nonblocking(fd.as_fd())?;
-        Ok(Self { fd })
+        Ok(Self { fd, kind, shared: AtomicBool::new(true) })
     }
 
-    /// Signals it. One that holds as many signals as it can is signalled already.
+    /// From now on somebody else may have the open file.
+    pub fn share(&self) {
+        self.shared.store(true, Ordering::Relaxed);
+    }
+
+    /// Signals it, without waiting. One that holds as many signals as it can is signalled already.
     ///
     /// # Errors
     /// `Os` if a passed descriptor turns out to take no such write.
     #[inline]
     pub fn signal(&self) -> Result<(), MemoryError> {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: eight readable bytes.
-        let written = unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        let fd = self.fd.as_raw_fd();
+        let written = match self.kind {
+            // The kernel takes no RWF_NOWAIT here; only a full counter would make the write wait. Who fills it between the two calls, and
+            // has cleared O_NONBLOCK, holds this thread until the counter is taken.
+            Kind::EventFd if self.shared.load(Ordering::Relaxed) && !self.polls(libc::POLLOUT)? => return Ok(()),
+            // SAFETY: eight readable bytes.
+            Kind::EventFd => unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) },
+            // SAFETY: as above.
+            Kind::Socket => unsafe { libc::send(fd, one.as_ptr().cast(), one.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) },
+            Kind::Pipe => {
+                let place = libc::iovec { iov_base: one.as_ptr().cast_mut().cast(), iov_len: one.len() };
+                // SAFETY: one place of eight bytes, which the kernel reads only.
+                let written = unsafe { libc::pwritev2(fd, &raw const place, 1, -1, libc::RWF_NOWAIT) };
+                if written >= 0 || !no_nowait() {
+                    written
+                } else if !self.polls(libc::POLLOUT)? {
+                    return Ok(());
+                } else {
+                    // SAFETY: eight readable bytes.
+                    unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) }
+                }
+            }
+        };
         // A stream that nobody reads any more has nobody to tell.
         if written >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR | libc::EPIPE) {
             Ok(())
@@ -72,15 +117,39 @@ impl EventFd {
         }
     }
 
-    /// Takes the signals; how many there were, 0 if none.
+    /// Takes the signals, without waiting; how many there were, 0 if none.
     ///
     /// # Errors
     /// `Os` if a passed descriptor turns out to allow no such read.
     pub fn drain(&self) -> Result<u64, MemoryError> {
         let mut count = [0; 8];
-        // SAFETY: eight writable bytes.
-        let read = unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
-        if read >= 0 || last_errno() == libc::EAGAIN { Ok(u64::from_ne_bytes(count)) } else { Err(MemoryError::last_os("read")) }
+        let fd = self.fd.as_raw_fd();
+        let place = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // SAFETY: one place of eight writable bytes.
+        let mut read = unsafe { libc::preadv2(fd, &raw const place, 1, -1, libc::RWF_NOWAIT) };
+        if read < 0 && no_nowait() {
+            if !self.polls(libc::POLLIN)? {
+                return Ok(0);
+            }
+            // SAFETY: eight writable bytes.
+            read = unsafe { libc::read(fd, count.as_mut_ptr().cast(), count.len()) };
+        }
+        if read >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR) {
+            Ok(u64::from_ne_bytes(count))
+        } else {
+            Err(MemoryError::last_os("read"))
+        }
+    }
+
+    /// Whether it is ready for this now.
+    fn polls(&self, events: libc::c_short) -> Result<bool, MemoryError> {
+        let mut polled = libc::pollfd { fd: self.fd.as_raw_fd(), events, revents: 0 };
+        // SAFETY: one pollfd.
+        match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+            ready if ready >= 0 => Ok(polled.revents & events != 0),
+            _ if last_errno() == libc::EINTR => Ok(false),
+            _ => Err(MemoryError::last_os("poll")),
+        }
     }
 
     /// Waits until it is signalled, at most `timeout` (`None`: for ever); true if it is. The signals stay until [`EventFd::drain`].
@@ -98,6 +167,11 @@ impl EventFd {
     pub fn wait_either(&self, other: &Self, timeout: Option<Duration>) -> Result<[bool; 2], MemoryError> {
         wait_each([self, other], timeout)
     }
+}
+
+/// Whether a kernel of that age, or a filter of calls, knows no RWF_NOWAIT for this descriptor.
+fn no_nowait() -> bool {
+    matches!(last_errno(), libc::EOPNOTSUPP | libc::ENOSYS)
 }
 
 fn wait_each<const N: usize>(events: [&EventFd; N], timeout: Option<Duration>) -> Result<[bool; N], MemoryError> {

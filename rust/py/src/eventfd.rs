@@ -77,7 +77,9 @@ impl EventFd {
 
     /// The descriptor: readable when signalled.
     fn fileno(&self, py: Python<'_>) -> Result<RawFd, Error> {
-        Ok(self.event(py)?.as_fd().as_raw_fd())
+        let event = self.event(py)?;
+        event.share(); // who knows its number may pass it on
+        Ok(event.as_fd().as_raw_fd())
     }
 
     /// Signals it.

@@ -52,6 +52,62 @@ fn a_passed_descriptor_is_made_non_blocking() {
     assert_eq!(EventFd::from_fd(other).unwrap().drain(), Ok(1));
 }
 
+/// What `work` gives; it must not wait for anybody.
+fn promptly<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    result.recv_timeout(Duration::from_secs(60)).expect("it waits for a peer")
+}
+
+/// Clears O_NONBLOCK, for all who share the open file.
+fn make_blocking(fd: impl AsFd) {
+    // SAFETY: fcntl with this command touches no memory.
+    assert_eq!(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, 0) }, 0);
+}
+
+#[test]
+fn a_peer_that_makes_an_eventfd_blocking_holds_nobody() {
+    let made = EventFd::new().unwrap();
+    made.share();
+    let other = made.as_fd().try_clone_to_owned().unwrap();
+    let passed = EventFd::from_fd(other.try_clone().unwrap()).unwrap();
+    for event in [made, passed] {
+        make_blocking(&other);
+        let mut file = std::fs::File::from(other.try_clone().unwrap());
+        promptly(move || {
+            assert_eq!(event.drain(), Ok(0));
+            event.signal().unwrap();
+            event.signal().unwrap();
+            assert_eq!((event.drain(), event.drain()), (Ok(2), Ok(0)));
+            file.write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
+            event.signal().unwrap();
+            assert_eq!((event.drain(), event.drain()), (Ok(u64::MAX - 1), Ok(0)));
+        });
+    }
+}
+
+#[test]
+fn a_peer_that_makes_a_stream_blocking_holds_nobody() {
+    let (pipe_read, pipe_write) = std::io::pipe().unwrap();
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    for (write_end, read_end) in [(OwnedFd::from(pipe_write), OwnedFd::from(pipe_read)), (near.into(), far.into())] {
+        let other = write_end.try_clone().unwrap();
+        let event = EventFd::from_fd_or_stream(write_end).unwrap();
+        // SAFETY: eight readable bytes.
+        while unsafe { libc::write(other.as_raw_fd(), 1u64.to_ne_bytes().as_ptr().cast(), 8) } > 0 {}
+        make_blocking(&other);
+        let event = promptly(move || event.signal().map(|()| event)).unwrap();
+        let reader = EventFd::from_fd_or_stream(read_end).unwrap();
+        make_blocking(&reader);
+        let reader = promptly(move || {
+            while reader.drain().unwrap() == 1 {}
+            reader
+        });
+        event.signal().unwrap();
+        assert_eq!(reader.drain(), Ok(1));
+    }
+}
+
 #[test]
 fn a_passed_descriptor_that_is_no_eventfd_is_refused() {
     let (read_end, write_end) = std::io::pipe().unwrap();
