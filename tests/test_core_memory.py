@@ -224,7 +224,20 @@ def test_the_dirty_log_names_the_pages_written() -> None:
     guest.read(0x18000, 10)
     assert guest.take_dirty_log() == [(0, 0b100011 << 16)]
     assert guest.take_dirty_log() == []
+    log = Memory(3)
+    log.write(0, b"\x01\x00\x80")
+    guest.write(0x10FFF, b"ab")
+    guest.write(0x1F000, b"a")
+    guest.merge_dirty_log(log, also=[(0x10000, 1, 0x3000), (0x11000, 0x2001, 0x8FFF), (0x12000, 1, 0)])
+    assert log.read(0, 3) == bytes([0b1001, 0b111, 0b10000011]), "bits that others set stay"
+    guest.write(0x1F000, b"a")
+    guest.merge_dirty_log(Memory(1))
+    assert guest.take_dirty_log() == []
+    with pytest.raises(ValueError, match="length"):
+        guest.merge_dirty_log(log, also=[(0, 0, 0)])
     guest.stop_dirty_log()
+    with pytest.raises(StatusError):
+        guest.merge_dirty_log(log)
     guest.write(0x10000, b"a")
     with pytest.raises(StatusError):
         guest.take_dirty_log()

@@ -14,7 +14,7 @@ and `add` raises `StatusError`.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex, final
 
@@ -144,6 +144,12 @@ class GuestMemory:
         """The marks since the last call, as words that have some, each behind its number: page p is bit p % 64 of word p // 64.
 
         StatusError: no log was started.
+        """
+    def merge_dirty_log(self, log: Memory, *, also: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Carries the marks since the last call over to `log`, by atomic ORs: others may write there too.
+
+        Page p is bit p % 8 of byte p // 8 there. Pages that the log does not cover are left out. `also`: (address, length, log address) of
+        bytes whose marks are wanted under another address too (a used ring's). StatusError: no log was started, or the memory is closed.
         """
     def stop_dirty_log(self) -> None:
         """Marks nothing any more."""

@@ -59,6 +59,8 @@ class Machine(Frontend):
         packed = Feature.RING_PACKED in self.features
         for queue in self.queues:
             used = self.memory.load(queue.areas[2] - GUEST + 2, 2)
+            # Enabled first, as QEMU has it: what a started ring holds while it is disabled is discarded.
+            assert not self.refused(F.SET_VRING_ENABLE, wire.VringState(queue.index, 1))
             self.start(queue, base=None if packed else used)
 
     def kill(self) -> None:

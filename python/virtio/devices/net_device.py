@@ -47,6 +47,10 @@ class NetDevice(DeviceBursts, Device):
     features = IMPLEMENTED
     rules = RULES
     on_frames: Callable[[Burst], object] | None = None
+    on_rarp: Callable[[bytes], object] | None = None
+    """Called with a MAC address that the network is to be told of: of a machine that moved here (vhost-user)."""
+    on_mtu: Callable[[int], object] | None = None
+    """Called with the MTU that the driver was told (vhost-user)."""
 
     def __init__(
         self,

@@ -372,7 +372,8 @@ class BackendSession:
         if isinstance(payload, wire.VringAddr):
             areas = self._areas(ring, self.regions, payload)
             log = payload.log if payload.flags & wire.VRING_LOG else None
-            if log is not None and self.log and log // wire.LOG_PAGE >= self.log.size * 8:
+            last = 0 if log is None else log + area_lengths(max(ring.size, 1), Feature.RING_PACKED in (self.accepted or ()))[2] - 1
+            if self.log and last // wire.LOG_PAGE >= self.log.size * 8:
                 raise MalformedMessage(f"log address {log:#x} beyond a log of {self.log.size} bytes", request.name)
             ring.user, ring.areas = payload, areas
             return (fx.SetVringAddr(index, areas, log),)

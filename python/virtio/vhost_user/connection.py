@@ -21,23 +21,25 @@ from virtio.spec import DeviceId, Feature, Status
 from virtio.vhost_user import effects as fx
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend_session import Answer, BackendSession, Send, descriptors_of
+from virtio.vhost_user.dirty import DirtyLog
 from virtio.vhost_user.message import ProtocolFeature
 from virtio.vhost_user.position import START, packed_base
+from virtio.vhost_user.regions import area_lengths
 from virtio.vhost_user.serving import Loop, Ring
 from virtio.vhost_user.socket import Link
+from virtio.vhost_user.state import StateTransfer
 from virtio.vhost_user.tracking import InflightArea
 
 PROTOCOL: Final = Features(
     {
         *(ProtocolFeature.MQ, ProtocolFeature.LOG_SHMFD, ProtocolFeature.REPLY_ACK, ProtocolFeature.MTU, ProtocolFeature.BACKEND_REQ),
         *(ProtocolFeature.CONFIG, ProtocolFeature.RESET_DEVICE, ProtocolFeature.CONFIGURE_MEM_SLOTS, ProtocolFeature.STATUS),
-        ProtocolFeature.INFLIGHT_SHMFD,
+        *(ProtocolFeature.INFLIGHT_SHMFD, ProtocolFeature.RARP, ProtocolFeature.DEVICE_STATE),
     }
 )
 """Protocol features that are offered."""
 CTRL_VQ: Final = 17
 """Feature bit of the network device's control queue, whose owner may be the front-end (device-04)."""
-LOG_PAGES: Final = 1 << 30
 DISCARD_BATCH: Final = 64
 DISCARD_ROUNDS: Final = 64
 SPIN: Final = 0.0002
@@ -65,7 +67,7 @@ class Connection:
             device.offered - withheld,
             len(device.queues),
             file_size=lambda descriptor: os.fstat(descriptor).st_size,
-            protocol_features=protocol_features,
+            protocol_features=protocol_features - ([ProtocolFeature.RARP] if getattr(device, "on_rarp", None) is None else []),
             max_queue_size=device.queue_size,
             rules=device.rules,
             assumed={CTRL_VQ} if device.device_id == DeviceId.NETWORK else (),
@@ -88,8 +90,8 @@ class Connection:
         self._unread = False
         self._busy: bool | None = None
         self._channel: Link | None = None
-        self._log: Memory | None = None
-        self._logging = False
+        self._log = DirtyLog(device.memory)
+        self._state = StateTransfer()
         self._inflight: InflightArea | None = None
         loop.watch(link.fileno(), self.receive)
         loop.watch(self._config_changed.fileno(), self._tell_config)
@@ -105,7 +107,7 @@ class Connection:
     @property
     def logging(self) -> bool:
         """Whether `flush_log` is to be called now and then."""
-        return self._logging
+        return self._log.wanted
 
     @property
     def waiting(self) -> bool:
@@ -201,7 +203,8 @@ class Connection:
             case fx.SetConfig(config):
                 self.device.write_config(config.offset, config.data)
             case fx.SetLogBase(log, descriptor):
-                self._set_log(log, descriptor)
+                self.flush_log()
+                self._log.place(log, descriptor)
             case fx.GetInflight(wanted):
                 return self._track(InflightArea.make(wanted, packed=self._packed)).answer
             case fx.SetInflight(area, descriptor):
@@ -218,7 +221,15 @@ class Connection:
                     self._forget_inflight()
             case fx.GetStatus():
                 return self._status | (Status.NEEDS_RESET if self.device.state is DeviceState.NEEDS_RESET else 0)
-            case _:  # SetOwner, SetProtocolFeatures, SetLogFd, SetMtu: nothing to do
+            case fx.SendRarp(value) | fx.SetMtu(value):
+                hook = getattr(self.device, "on_rarp" if isinstance(effect, fx.SendRarp) else "on_mtu", None)
+                if hook is not None:
+                    hook(value)
+            case fx.TransferDeviceState(transfer, descriptor):
+                self._state.begin(transfer.direction, descriptor)
+            case fx.CheckDeviceState():
+                return self._state.check()
+            case _:  # SetOwner, SetProtocolFeatures, SetLogFd: nothing to do
                 pass
         return None
 
@@ -227,8 +238,8 @@ class Connection:
             self._reset()
             self._forget_inflight()
             self._features = features
-        self._logging = log
-        self._start_log()
+        self._log.wanted = log
+        self._log.start()
 
     def _reset(self) -> None:
         for index in range(len(self.rings)):
@@ -276,9 +287,9 @@ class Connection:
                 old, self._memories = self._memories, made
                 for memory in old.values():
                     self._drop(memory)
-        if self._logging:
+        if self._log.wanted:
             self.flush_log()
-            self._start_log()  # it may have to reach further
+            self._log.start()  # it may have to reach further
 
     def _drop(self, memory: Memory) -> None:
         self._lingering.append(memory)
@@ -299,9 +310,9 @@ class Connection:
                 if base != ring.base and self._inflight is not None:
                     self._inflight.forget(index)  # not the ring that stopped there
                 ring.base = base
-            case fx.SetVringAddr(index, areas, _):
+            case fx.SetVringAddr(index, areas, log):
                 self._take_off(index)
-                self.rings[index].areas = areas
+                self.rings[index].areas, self.rings[index].log = areas, log
             case fx.SetVringEnable(index, enabled):
                 self.rings[index].enabled = enabled
             case fx.StopVring(index):
@@ -516,29 +527,13 @@ class Connection:
                 self._channel.close()
                 self._channel = None
 
-    def _set_log(self, log: wire.Log, descriptor: int) -> None:
-        made = Memory.from_fd(descriptor, log.size, offset=log.offset)
-        self.flush_log()
-        if self._log is not None:
-            self._log.close()
-        self._log = made
-        self._start_log()
-
-    def _start_log(self) -> None:
-        if self._log is not None and self._logging:
-            end = max((start + length for start, length in self.device.memory.regions), default=0)
-            self.device.memory.start_dirty_log(min(self._log.size * 8, LOG_PAGES, end // wire.LOG_PAGE + 1))
-        else:
-            self.device.memory.stop_dirty_log()
-
     def flush_log(self) -> None:
         """Carries the marks of what was written over to the front-end's log."""
-        if self._log is None or not self._logging:
-            return
-        for number, word in self.device.memory.take_dirty_log():
-            for offset, bits in enumerate(word.to_bytes(8, "little"), 8 * number):
-                if bits and offset < self._log.size:
-                    self._log.store(offset, 1, self._log.load(offset, 1) | bits)
+        packed, used = bool(self._packed), []
+        for ring in self.rings:
+            if ring.areas is not None and ring.log not in {None, ring.areas[2]}:
+                used.append((ring.areas[2], area_lengths(ring.size, packed)[2], ring.log))
+        self._log.flush(used)
 
     def close(self) -> None:
         """Resets the device and takes all from it; closes everything that is the connection's. Again does nothing."""
@@ -554,7 +549,8 @@ class Connection:
             self.flush_log()
         self._reset()
         self.device.connect(None)
-        self.device.memory.stop_dirty_log()
+        self._log.close()
+        self._state.close()
         self.device.memory.replace([])
         for memory in self._memories.values():
             self._drop(memory)
@@ -564,8 +560,6 @@ class Connection:
         self._config_changed.close()
         if self._inflight is not None:
             self._inflight.close()
-        if self._log is not None:
-            self._log.close()
         if self._channel is not None:
             self._channel.close()
         self._link.close()

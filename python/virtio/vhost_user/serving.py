@@ -26,6 +26,8 @@ class Ring:
 
     size: int = 0
     areas: tuple[int, int, int] | None = None
+    log: int | None = None
+    """Where writes to the device area are logged, if that is not where it lies."""
     base: int = 0
     kick: EventFd | None = None
     call: EventFd | None = None

@@ -1,6 +1,7 @@
 //! Which pages the device side wrote: what live migration copies again.
 
 use crate::error::MemoryError;
+use crate::mapping::Mapping;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
@@ -10,6 +11,22 @@ pub const PAGE_SIZE: u64 = 4096;
 
 /// The most pages one bitmap covers: 4 TiB of guest memory.
 const MAX_PAGES: u64 = 1 << 30;
+
+/// Bytes whose marks belong elsewhere too: a used ring with a log address of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct LoggedAt {
+    /// Where they are.
+    pub address: u64,
+    /// How many there are, at least 1.
+    pub len: u64,
+    /// The address under which they are logged as well.
+    pub log: u64,
+}
+
+/// The pages that these bytes lie in.
+fn pages_of(address: u64, len: u64) -> std::ops::RangeInclusive<u64> {
+    address / PAGE_SIZE..=address.saturating_add(len.saturating_sub(1)) / PAGE_SIZE
+}
 
 /// Words of one chunk: 128 MiB of guest memory.
 const CHUNK: usize = 512;
@@ -64,5 +81,32 @@ impl DirtyBitmap {
             }
         }
         taken
+    }
+
+    /// Carries the marks over to a log that others read and clear meanwhile: bit `page % 8` of byte `page / 8`, set by an atomic OR. Pages that
+    /// the log does not cover are left out. If a page of `also` is marked, all its pages are, under its other address.
+    pub fn merge_into(&self, log: &Mapping, also: &[LoggedAt]) {
+        let covered = log.len() as u64;
+        let set = |byte: u64, bits: u8| {
+            if bits != 0 && byte < covered {
+                let _ = log.fetch_or(byte as usize, bits);
+            }
+        };
+        let marks = self.take();
+        for &(number, word) in &marks {
+            for (byte, bits) in (8 * number..).zip(word.to_le_bytes()) {
+                set(byte, bits);
+            }
+        }
+        for bytes in also {
+            let pages = pages_of(bytes.address, bytes.len);
+            let inside = |number: u64, word: u64| (0..64).any(|bit| word >> bit & 1 == 1 && pages.contains(&(64 * number + bit)));
+            if marks.iter().any(|&(number, word)| inside(number, word)) {
+                let logged = pages_of(bytes.log, bytes.len);
+                for page in *logged.start()..(*logged.end() + 1).min(8 * covered) {
+                    set(page / 8, 1 << (page % 8));
+                }
+            }
+        }
     }
 }

@@ -42,7 +42,7 @@ pub use allocator::Allocator;
 pub use burst::Burst;
 pub use copy::IoVecs;
 pub use descriptor::{MAX_WAITED, Ready, duplicate, let_go, set_nonblocking, wait_ready};
-pub use dirty::{DirtyBitmap, PAGE_SIZE};
+pub use dirty::{DirtyBitmap, LoggedAt, PAGE_SIZE};
 pub use doorbell::{Doorbell, EventFd, RegisterDoorbell};
 pub use error::MemoryError;
 pub use fence::{FencePoint, full_fence};

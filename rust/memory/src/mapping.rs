@@ -247,6 +247,16 @@ impl Mapping {
         Ok(())
     }
 
+    /// Sets bits of one byte by an atomic OR, after all that was stored before; gives what stood there.
+    ///
+    /// # Errors
+    /// `OutOfRange`.
+    pub fn fetch_or(&self, offset: usize, bits: u8) -> Result<u8, MemoryError> {
+        let at = self.at(offset, 1)?;
+        // SAFETY: `at` checked the byte; shared memory is accessed through atomics.
+        Ok(unsafe { raw::fetch_or(at.as_ptr(), bits) })
+    }
+
     /// `len` bytes at `offset`, which keep the mapping alive.
     ///
     /// # Errors

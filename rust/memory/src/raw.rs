@@ -76,6 +76,15 @@ pub(crate) unsafe fn load(at: *const u8, width: usize) -> u64 {
     }
 }
 
+/// Sets bits of a byte, with release.
+///
+/// # Safety
+/// The byte is mapped.
+pub(crate) unsafe fn fetch_or(at: *mut u8, bits: u8) -> u8 {
+    // SAFETY: mapped by the caller's contract; shared memory is accessed through atomics.
+    unsafe { (*at.cast::<AtomicU8>()).fetch_or(bits, Release) }
+}
+
 /// Stores one little-endian word, with release. Bits above the width are ignored.
 ///
 /// # Safety

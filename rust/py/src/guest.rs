@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use virtio_memory::{DirtyBitmap, Region, RegionTable};
+use virtio_memory::{DirtyBitmap, LoggedAt, Region, RegionTable};
 
 /// What a device can reach: a table of regions, each a guest address range over part of a `Memory`.
 #[pyclass(frozen, module = "virtio._core")]
@@ -128,6 +128,24 @@ impl GuestMemory {
     fn take_dirty_log(&self) -> Result<Vec<(u64, u64)>, Error> {
         match self.table().dirty() {
             Some(bitmap) => Ok(bitmap.take()),
+            None => Err(Error::Status("no dirty log was started".into())),
+        }
+    }
+
+    /// Carries the marks since the last call over to `log`, by atomic ORs: others may write there too.
+    #[pyo3(signature = (log, *, also = Vec::new()), text_signature = "($self, log, *, also=())")]
+    fn merge_dirty_log(&self, py: Python<'_>, log: &Bound<'_, Memory>, also: Vec<(Int, Int, Int)>) -> Result<(), Error> {
+        let mut moved = Vec::with_capacity(also.len());
+        for (address, length, log) in also {
+            let len = length.within("also: length", 1, u64::MAX.into())?;
+            moved.push(LoggedAt { address: address.address()?, len, log: log.address()? });
+        }
+        let mapping = log.get().mapping(py)?;
+        match self.table().dirty() {
+            Some(bitmap) => {
+                bitmap.merge_into(&mapping, &moved);
+                Ok(())
+            }
             None => Err(Error::Status("no dirty log was started".into())),
         }
     }

@@ -96,3 +96,28 @@ proptest! {
         prop_assert_eq!(bitmap.take(), []);
     }
 }
+
+/// Nobody's mark is lost: a log in which another side sets bits of the same bytes meanwhile.
+#[test]
+fn marks_are_merged_into_a_log_that_others_write() {
+    const PAGES: u64 = 512;
+    let (bitmap, log) = (DirtyBitmap::new(PAGES).unwrap(), memory(PAGES as usize / 8));
+    for _ in 0..100 {
+        log.zero(0, log.len()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for place in 0..4 * log.len() {
+                    log.fetch_or(place / 4, 2 << (place % 4 * 2)).unwrap();
+                }
+            });
+            for page in (0..PAGES).step_by(2) {
+                bitmap.mark(page * PAGE_SIZE, 1);
+                bitmap.merge_into(&log, &[]);
+            }
+        });
+        let mut bytes = vec![0; log.len()];
+        log.read(0, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|&byte| byte == 0xff));
+    }
+    assert_eq!(bitmap.take(), []);
+}
