@@ -55,7 +55,8 @@ class Served:
         if where.client and where.socket_path is not None and os.path.exists(where.socket_path) and not _is_socket(where.socket_path):
             raise CommandError(f"cannot connect to {where.socket_path}: it is not a socket")
         target: str | int = where.fd if where.socket_path is None else where.socket_path  # type: ignore[assignment]
-        kept = Features(withheld) | (set() if where.packed else {Feature.RING_PACKED})
+        # QEMU would offer RING_RESET to its guest, and keep from a back-end that a queue was reset.
+        kept = Features(withheld) | {Feature.RING_RESET} | (set() if where.packed else {Feature.RING_PACKED})
         backend = Backend(target, device, where.client, report=self.report, withheld=kept)
         self.stack.enter_context(backend)
         self._sockets.append(Serving(where.name, backend, counted))
