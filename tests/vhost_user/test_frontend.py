@@ -11,12 +11,14 @@ import pytest
 
 from tests.vhost_user.frontend import descriptors
 from tests.vhost_user.serving import PATIENCE, Serving, until
-from virtio import DeviceId, Driver, Feature, FeatureNegotiationError, Memory, NetDriver, StatusError, TransportError
+from virtio import DeviceId, Driver, Feature, FeatureNegotiationError, Memory, NetDevice, NetDriver, StatusError, TransportError
 from virtio.devices.net import NetFeature
 from virtio.devices.rng import RngDriver
 from virtio.errors import DeviceNeedsReset
 from virtio.features import Features
-from virtio.transport.vhost_user import VhostUserTransport
+from virtio.spec import Status
+from virtio.transport.vhost_user import LONGEST_RETRY, VhostUserTransport
+from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.frontend import PROTOCOL
 from virtio.vhost_user.message import ProtocolFeature
 
@@ -173,6 +175,32 @@ def test_a_queue_is_reset_alone(path: str, ring_features: Features) -> None:
             exchange(net, frames(50))
 
 
+def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str, ring_features: Features) -> None:
+    wanted = ring_features | {Feature.RING_RESET, NetFeature.MAC}
+    with (
+        Serving(path) as backend,
+        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        NetDriver(transport, queue_size=64, wanted=wanted) as net,
+    ):
+        exchange(net, frames(30))
+        net.reset_queue(1)
+        with pytest.raises(ValueError, match="1 to 64 entries, not 128"):
+            net.setup_queue(1, size=128)
+        net.setup_queue(1, size=64)
+        exchange(net, frames(30))
+        before = transport.reconnections
+        backend.kill()
+        backend.start()
+        until(lambda: transport.reconnections > before)
+        sent, got = frames(10, first=100), list[bytes]()
+        assert net.send_frames(sent) == len(sent)
+        while got[-len(sent) :] != sent:  # behind what it sent a second time, having died before it said so
+            net.wait(PATIENCE)
+            got += net.receive_frames()
+            assert len(got) <= 90
+        assert not transport.status & Status.NEEDS_RESET
+
+
 def test_queues_that_there_are(path: str) -> None:
     with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, queue_size=512) as transport:
         assert transport.num_queues == 2
@@ -239,6 +267,46 @@ def test_a_back_end_without_what_was_negotiated_needs_a_reset(path: str) -> None
             net.restart()
             assert net.features == {Feature.VERSION_1}
             exchange(net, frames(10))
+
+
+def test_a_reset_is_enough_for_a_back_end_that_came_while_one_was_needed(path: str, ring_features: Features) -> None:
+    with (
+        Serving(path) as backend,
+        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        NetDriver(transport, wanted=ring_features | {NetFeature.MAC}) as net,
+    ):
+        exchange(net, frames(10))
+        transport._events_of(0)[2].signal()  # as a back-end does whose ring broke
+        with pytest.raises(DeviceNeedsReset):
+            while net.wait(PATIENCE):
+                net.check()
+        before = transport.reconnections
+        backend.kill()
+        backend.start()
+        until(lambda: transport.reconnections > before)
+        net.restart()
+        exchange(net, frames(10))
+
+
+def test_a_back_end_that_hangs_up_once_it_has_the_rings_is_not_called_at_once(path: str) -> None:
+    def hang_up() -> None:
+        while not over.is_set():
+            backend.process(0.01)
+            for connection in backend._connections:
+                if connection._status & Status.DRIVER_OK:
+                    connection.close()
+
+    over = threading.Event()
+    with Backend(path, NetDevice) as backend:
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        try:
+            with VhostUserTransport(path, DeviceId.NETWORK) as transport, NetDriver(transport):
+                until(lambda: transport._retry == LONGEST_RETRY)
+        finally:
+            over.set()
+            thread.join()
+    assert backend.accepted >= 3
 
 
 def test_without_reconnection_the_device_is_gone(path: str) -> None:

@@ -113,7 +113,7 @@ class VhostUserTransport:
         self._callers: list[Thread] = []
         self.on_resumed: Callable[[], object] | None = None
         """See `Resuming`."""
-        self._retry, self._retry_at = RETRY, 0.0
+        self._retry, self._retry_at, self._taken_at = RETRY, 0.0, 0.0
         self._config_interrupt = EventFd()
         self._wake = EventFd()
         self._events: dict[int, tuple[EventFd, EventFd, EventFd]] = {}
@@ -289,7 +289,8 @@ class VhostUserTransport:
 
     @locked
     def queue_setup(self, index: int, size: int, areas: tuple[int, int, int]) -> EventFd:
-        """Keeps a queue for DRIVER_OK, when the back-end gets it; after that, at once. ValueError: no such queue, or too large."""
+        """Keeps a queue for DRIVER_OK, when the back-end gets it; after that, at once. ValueError: no such queue, or too large: after
+        DRIVER_OK also larger than what the back-end tracks."""
         self._check_open()
         if not 1 <= size <= (most := self.queue_max(index)):
             raise ValueError(f"queue {index} may have 1 to {most} entries, not {size}" if most else f"the device has no queue {index}")
@@ -449,6 +450,7 @@ class VhostUserTransport:
         """Greets a back-end, and hands everything over. TransportError, OSError: it is none, or gone again."""
         frontend = Frontend(connected, timeout=self._timeout, protocol_features=self._protocol, changed=self._changed)
         self._greeted = frontend
+        self._setup.disconnected()
         try:
             if self._closing:
                 raise ConnectionLost("the transport is closed")
@@ -467,7 +469,7 @@ class VhostUserTransport:
         self._epoll.register(frontend.descriptor, select.EPOLLRDHUP)
         if frontend.channel is not None:
             self._epoll.register(frontend.channel, select.EPOLLIN)
-        self._frontend = frontend
+        self._frontend, self._taken_at = frontend, monotonic()
 
     def _lose(self, error: TransportError) -> None:
         """The connection is gone: forgets it, and lets the thread look for the next, or gives up."""
@@ -481,7 +483,10 @@ class VhostUserTransport:
         frontend.close()
         if self._reconnect:
             _log.info("%s: %s", self._source.name, error)
-            self._retry, self._retry_at = RETRY, monotonic()
+            if self._source.listener is None and monotonic() - self._taken_at < LONGEST_RETRY:
+                self._pause()  # as if it had not come at all
+            else:
+                self._retry, self._retry_at = RETRY, monotonic()
             if self._source.listener is not None:
                 self._epoll.register(self._source.listener.fileno(), select.EPOLLIN)
             self._wake.signal()
@@ -534,8 +539,7 @@ class VhostUserTransport:
             self._take(connected)
         except (TransportError, OSError) as error:
             _log.debug("%s: %s", self._source.name, error)
-            self._retry_at = monotonic() + self._retry
-            self._retry = min(2 * self._retry, LONGEST_RETRY)
+            self._pause()
             return
         if self._source.listener is not None:
             self._epoll.unregister(self._source.listener.fileno())
@@ -546,6 +550,11 @@ class VhostUserTransport:
         if self.on_resumed is not None and self._setup.live and not self._fault:
             self._callers.append(Thread(target=self._call, args=(self.on_resumed,), name="virtio-vhost-user-resumed", daemon=True))
             self._callers[-1].start()
+
+    def _pause(self) -> None:
+        """Before the next attempt to connect."""
+        self._retry_at = monotonic() + self._retry
+        self._retry = min(2 * self._retry, LONGEST_RETRY)
 
     def _call(self, resumed: Callable[[], object]) -> None:
         try:

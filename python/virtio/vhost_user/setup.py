@@ -67,6 +67,10 @@ class Setup:
         """Whether there is an in-flight area."""
         return self._area is not None
 
+    def disconnected(self) -> None:
+        """The next back-end knows nothing of what the one before was told."""
+        self._told = False
+
     # Memory.
 
     def attach(self, memory: Memory, frontend: Frontend | None) -> int:
@@ -149,12 +153,14 @@ class Setup:
             frontend.number(_F.GET_FEATURES)
 
     def start_ring(self, frontend: Frontend, ring: Ring) -> None:
-        """One more, while the device is live."""
+        """One more, while the device is live. ValueError: the in-flight area has no room for so large a ring."""
+        if self._area is not None and ring.size > (most := self._area[0].queue_size):
+            raise ValueError(f"queue {ring.index} may have 1 to {most} entries, not {ring.size}: the back-end tracks so many until a reset")
         self._hand_over(frontend, ring, tracked=False, resumed=False)
 
     def stop_ring(self, frontend: Frontend, ring: Ring) -> None:
         """Stops a ring: the back-end does not look at it any more."""
-        if ring.began:
+        if ring.began and self._told:
             frontend.ask(_F.GET_VRING_BASE, wire.VringState(ring.index, 0))
 
     def reset(self, frontend: Frontend | None) -> None:
@@ -174,7 +180,6 @@ class Setup:
 
         FeatureNegotiationError: it does not offer what was negotiated. RequestRefused, SpecViolation, StatusError: it cannot go on.
         """
-        self._told = False
         self.tell_status(frontend, self.status & (Status.ACKNOWLEDGE | Status.DRIVER))
         if self.features is None:
             return
@@ -194,7 +199,7 @@ class Setup:
         if resumed and ring.began:
             if ring.resume is None:
                 raise StatusError(f"queue {ring.index} cannot be taken over by another device: nobody knows where")
-            base = ring.resume(tracked=tracked)
+            base = ring.resume(tracked=tracked and self._area is not None and ring.index < self._area[0].queues)
         descriptor, driver, device = ring.areas
         ring.began = True
         frontend.ask(_F.SET_VRING_NUM, wire.VringState(ring.index, ring.size))
