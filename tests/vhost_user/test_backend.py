@@ -22,8 +22,9 @@ from virtio.errors import TransportError
 from virtio.features import Features
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
+from virtio.vhost_user.connection import PROTOCOL
 from virtio.vhost_user.message import FrontendRequest as F
-from virtio.vhost_user.message import Region
+from virtio.vhost_user.message import ProtocolFeature, Region
 
 BYTES = b"0123456789abcdef"
 ON = 1
@@ -175,6 +176,33 @@ def test_device_23_memory_comes_moves_and_goes_while_a_ring_runs(frontend: Front
     assert frontend.errors[0].drain() == ON
     assert errors.pop()
     assert not errors
+
+
+@pytest.mark.parametrize("ring_features", [Features(), Features({Feature.RING_PACKED})])
+def test_device_23_a_ring_goes_on_in_another_file_at_its_addresses(frontend: Frontend, ring_features: Features) -> None:
+    frontend.negotiate(ring_features | {Feature.VERSION_1})
+    queue, before = frontend.queue(0), frontend.memory
+    frontend.start(queue)
+    for number in range(3):
+        queue.add(number, writable=[frontend.room(16)])
+        queue.publish()
+        frontend.turn()
+        assert [token for token, _ in queue.pop_used()] == [number]
+    with Memory(SIZE) as copy:
+        copy.write(0, before.read(0, SIZE))
+        frontend.memory = copy
+        frontend.map([Region(GUEST, SIZE, USER, 0)])
+        frontend.memory = before
+        place = frontend.room(16)
+        queue.add(3, writable=[place])
+        queue.publish()
+        frontend.turn()
+        assert not queue.pop_used()
+        copy.write(0, before.read(0, SIZE))
+        frontend.kicks[0].signal()
+        frontend.turn()
+        assert copy.read(place[0] - GUEST, 16) == BYTES
+        assert not queue.pop_used()
 
 
 def test_configuration_and_its_changes(path: str) -> None:
@@ -406,6 +434,32 @@ def test_a_polled_device_needs_no_kicks(path: str) -> None:
         backend.process()
         backend.process()
         assert len(queue.pop_used()) == 1
+
+
+@pytest.mark.parametrize("poll", [False, True])
+def test_a_polled_ring_that_broke_lets_it_sleep(path: str, errors: list[Exception], poll: bool) -> None:
+    with Backend(path, rng(), poll=poll, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(Features({Feature.VERSION_1}))
+        queue = frontend.queue(0)
+        frontend.start(queue)
+        if not poll:
+            frontend.raw(wire.encode(F.SET_VRING_KICK, wire.U64(1 << 8)))
+            backend.process()
+        assert backend.wait_time == 0.0
+        queue.add(None, readable=[frontend.room(16)])  # nothing to write to
+        queue.publish()
+        while not errors:
+            backend.process()
+        assert backend.wait_time is None
+        frontend.ask(F.RESET_DEVICE)
+        frontend.start(frontend.queue(0))
+        assert backend.wait_time == (0.0 if poll else None)
+
+
+def test_protocol_features_that_it_does_not_have(path: str) -> None:
+    with pytest.raises(ValueError, match=rf"protocol features \[{int(ProtocolFeature.DEVICE_STATE)}\]"):
+        Backend(path, rng, protocol_features=PROTOCOL | {ProtocolFeature.DEVICE_STATE})
+    assert not os.path.exists(path)
 
 
 def test_a_descriptor_of_a_connection(errors: list[Exception]) -> None:

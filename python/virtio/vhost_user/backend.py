@@ -48,8 +48,8 @@ class Backend:
 
     Devices run in the thread that processes. What is driven by hand (`Device.serves` is false) belongs in that thread too.
 
-    ValueError: a path longer than 107 bytes. TransportError: the path is in use, is no socket, or cannot be made; no Unix socket's
-    descriptor.
+    ValueError: a path longer than 107 bytes, protocol features outside `PROTOCOL`. TransportError: the path is in use, is no socket, or
+    cannot be made; no Unix socket's descriptor.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class Backend:
         if not isinstance(path_or_fd, int | str | os.PathLike):
             raise arguments.wrong_type("path_or_fd", path_or_fd, "a path, or a socket's descriptor")
         arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
+        if more := [int(bit) for bit in sorted(protocol_features - PROTOCOL)]:
+            raise ValueError(f"protocol features {more} are not among those that it has, {[int(bit) for bit in sorted(PROTOCOL)]}")
         self._withheld = features_of("withheld", withheld)
         self.accepted = 0
         """How many front-ends have connected, and were given a device, since it was made."""

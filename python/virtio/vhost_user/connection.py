@@ -86,6 +86,7 @@ class Connection:
         self._features: Features | None = None
         self._status = 0
         self._memories: dict[int, Memory] = {}
+        self._files: dict[int, tuple[int, ...]] = {}
         self._lingering: list[Memory] = []
         self._unread = False
         self._busy: bool | None = None
@@ -101,7 +102,7 @@ class Connection:
         """Whether it wants `spin` without being kicked."""
         if self._busy is None:
             wanted = (ring.on and (ring.polled or self._poll) and self.device.serves(index) for index, ring in enumerate(self.rings))
-            self._busy = any(wanted)
+            self._busy = self.device.state is not DeviceState.NEEDS_RESET and any(wanted)
         return self._busy
 
     @property
@@ -270,12 +271,18 @@ class Connection:
             case fx.RemoveRegion(region):
                 memories.remove(region.guest)
                 self._drop(self._memories.pop(region.guest))
+                del self._files[region.guest]
             case fx.AddRegion(region, descriptor):
                 added = Memory.from_fd(descriptor, region.size, offset=region.offset)
                 memories.add(region.guest, added)
                 self._memories[region.guest] = added
+                self._files[region.guest] = _file(descriptor, region)
             case fx.MapMemory(regions, descriptors):
                 made: dict[int, Memory] = {}
+                files = {region.guest: _file(descriptor, region) for region, descriptor in zip(regions, descriptors, strict=True)}
+                if any(files.get(guest) != file for guest, file in self._files.items()):
+                    for index in range(len(self.rings)):  # what is at their addresses may be other memory now (device-23)
+                        self._take_off(index)
                 try:
                     for region, descriptor in zip(regions, descriptors, strict=True):
                         made[region.guest] = Memory.from_fd(descriptor, region.size, offset=region.offset)
@@ -284,7 +291,7 @@ class Connection:
                     for memory in made.values():
                         memory.close()
                     raise
-                old, self._memories = self._memories, made
+                old, self._memories, self._files = self._memories, made, files
                 for memory in old.values():
                     self._drop(memory)
         if self._log.wanted:
@@ -480,6 +487,7 @@ class Connection:
             self.close()
             return 0
         if self.device.state is DeviceState.NEEDS_RESET:  # kicks are for nobody until the front-end begins anew
+            self._busy = None
             for ring in self.rings:
                 if ring.on and ring.watched is not None:
                     self._loop.unwatch(ring.watched)
@@ -563,6 +571,12 @@ class Connection:
         if self._channel is not None:
             self._channel.close()
         self._link.close()
+
+
+def _file(descriptor: int, region: wire.Region) -> tuple[int, ...]:
+    """What a region is: the same descriptor never comes twice, the same file does."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, region.offset, region.size
 
 
 def _replaced(old: EventFd | None, new: EventFd | None) -> EventFd | None:

@@ -165,6 +165,7 @@ class Link:
         connected.setblocking(False)
         self._socket = connected
         self._waiting: deque[Send] = deque()
+        self._unread = 0
 
     def fileno(self) -> int:
         """The descriptor, for a selector."""
@@ -195,9 +196,10 @@ class Link:
         """Sends, now or when `flush` can. The descriptors are duplicated, so that they may be closed. TransportError: the peer is gone."""
         if not sent.data:
             return
-        if sum(len(each.data) for each in self._waiting) > MOST_WAITING:
+        if self._unread > MOST_WAITING:
             raise TransportError(f"the peer leaves more than {MOST_WAITING} bytes unread")
         self._waiting.append(Send(sent.data, tuple(os.dup(descriptor) for descriptor in sent.descriptors)))
+        self._unread += len(sent.data)
         self.flush()
 
     def flush(self) -> None:
@@ -212,6 +214,7 @@ class Link:
             except OSError as error:
                 raise TransportError(f"the peer is gone: {error.strerror}") from None
             _close(descriptors)
+            self._unread -= count
             if count < len(data):
                 self._waiting[0] = Send(data[count:])
             else:
