@@ -457,8 +457,8 @@ def test_a_polled_ring_that_broke_lets_it_sleep(path: str, errors: list[Exceptio
 
 
 def test_protocol_features_that_it_does_not_have(path: str) -> None:
-    with pytest.raises(ValueError, match=rf"protocol features \[{int(ProtocolFeature.DEVICE_STATE)}\]"):
-        Backend(path, rng, protocol_features=PROTOCOL | {ProtocolFeature.DEVICE_STATE})
+    with pytest.raises(ValueError, match=rf"protocol features \[{int(ProtocolFeature.BACKEND_SEND_FD)}\]"):
+        Backend(path, rng, protocol_features=PROTOCOL | {ProtocolFeature.BACKEND_SEND_FD})
     assert not os.path.exists(path)
 
 
