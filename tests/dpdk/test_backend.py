@@ -22,7 +22,8 @@ RINGS = {
     "split, in order": ("in_order=1", Features({Feature.IN_ORDER, NetFeature.MRG_RXBUF})),
     "packed": ("packed_vq=1,in_order=0", Features({Feature.RING_PACKED, NetFeature.MRG_RXBUF})),
     "packed, whole buffers": ("packed_vq=1,in_order=0,mrg_rxbuf=0", Features({Feature.RING_PACKED})),
-    "packed, in order": ("packed_vq=1,in_order=1,mrg_rxbuf=0", Features({Feature.RING_PACKED, Feature.IN_ORDER})),
+    "packed, in order": ("packed_vq=1,in_order=1", Features({Feature.RING_PACKED, Feature.IN_ORDER, NetFeature.MRG_RXBUF})),
+    "packed, in order, whole buffers": ("packed_vq=1,in_order=1,mrg_rxbuf=0", Features({Feature.RING_PACKED, Feature.IN_ORDER})),
 }
 LOOKED_AT = Features({Feature.RING_PACKED, Feature.IN_ORDER, NetFeature.MRG_RXBUF, NetFeature.MQ})
 SAMPLE = 1000

@@ -1,6 +1,7 @@
 """An interface goes with its device through resets, moves, and front-ends that vanish: over vhost-user, with a front-end by hand."""
 
 import gc
+import socket
 import subprocess
 import threading
 import time
@@ -11,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from tests.netdev.wires import Wire, carrier, frame, number_of
-from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
+from tests.vhost_user.frontend import GUEST, PROTOCOL, SIZE, USER, Frontend, descriptors
 from tests.vhost_user.guest import Guest, eventually
 from virtio import NetDevice, NetDriver, SpecViolation, StatusError, TransportError
 from virtio.features import Features
 from virtio.netdev import Namespace, Netdev
 from virtio.transport.loopback import LoopbackTransport
+from virtio.vhost_user import message as wire_format
 from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.message import FrontendRequest as F
-from virtio.vhost_user.message import Region
+from virtio.vhost_user.message import ProtocolFeature, Region
 
 NEEDS_RESET = 0x40
 
@@ -269,3 +271,25 @@ def test_devices_that_change_while_others_stop_and_follow_block_nobody(path: str
             thread.join(60)
             assert not thread.is_alive()
     assert [error for error in errors if not isinstance(error, SpecViolation)] == []
+
+
+def test_a_machine_that_moved_here_is_announced(
+    path: str, device: NetDevice, tap: Netdev, namespace: Namespace, errors: list[Exception], ring_features: Features
+) -> None:
+    """SEND_RARP after a migration of a guest that cannot say so itself: the request of RFC 903 comes out of the interface."""
+    mac = bytes.fromhex("5254000a0b0c")
+    with Backend(path, device, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(ring_features, PROTOCOL | {ProtocolFeature.RARP})
+        for index in range(2):
+            frontend.start(frontend.queue(index))
+        eventually(lambda: carrier(namespace, "tap0"))
+        with namespace.entered():
+            wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x8035))
+            wire.bind(("tap0", 0x8035))
+        wire.settimeout(60.0)
+        frontend.ask(F.SEND_RARP, wire_format.U64(int.from_bytes(mac, "little")))
+        assert wire.recv(2048) == (b"\xff" * 6 + mac + bytes.fromhex("8035 0001 0800 06 04 0003") + 2 * (mac + bytes(4))).ljust(60, b"\0")
+        wire.close()
+    assert not errors
+    tap.stop()
+    assert device.on_rarp is None

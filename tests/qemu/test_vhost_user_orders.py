@@ -143,3 +143,20 @@ def test_rings_stop_and_go_on_with_the_link(machine: QemuMachine, ring_format: s
                         assert driver.wait(60.0, room=True)
                         driver.send_frames([])
         exchange(driver, 100)
+
+
+def test_qemu_tells_the_mtu(machines: Machines, binary: str, tmp_path: Path) -> None:
+    """It keeps the configuration: what its guest was told comes by NET_SET_MTU."""
+    path, told = tmp_path / "net", list[int]()
+    device = Echo(offered=NetDevice.features | BOTH)
+    device.on_mtu = told.append
+    with serving(str(path), device):
+        options = ["-chardev", f"socket,id=vu,path={path}"]
+        model = f"{card(binary)},host_mtu=4000"
+        with (
+            machines(model, netdevs=["vhost-user,id=n0,chardev=vu"], options=options) as started,
+            only(started) as transport,
+            NetDriver(transport) as driver,
+        ):
+            exchange(driver, 10)
+            assert driver.mtu == 4000 and set(told) == {4000}

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 from virtio._core import EventFd
 from virtio.errors import SpecViolation, StatusError, TransportError, VirtioError
 from virtio.netdev.running import Life
+from virtio.netdev.tap import announce
 
 PAUSE: Final = 0.5
 """Seconds without queues that do not show at the carrier: a transport moves them."""
@@ -47,6 +48,8 @@ class Follower:
 
     def hook(self) -> None:
         """Hears of the port from now on."""
+        if getattr(self._port, "on_rarp", self) is None:  # somebody's own goes first
+            self._port.on_rarp = self._announce  # type: ignore[attr-defined]
         self._port.watch_port(self._told)
         if self._over:  # stopped meanwhile
             self.unhook()
@@ -56,6 +59,21 @@ class Follower:
         with self._interface._lock:
             self._over = True
         self._port.unwatch_port(self._told)
+        if getattr(self._port, "on_rarp", None) == self._announce:
+            self._port.on_rarp = None  # type: ignore[attr-defined]
+
+    def _announce(self, mac: bytes) -> None:
+        """By the transport: a machine with this address has moved here, and does not say so itself."""
+        interface = self._interface
+        if os.getpid() != interface._process:
+            return
+        with interface._lock:
+            if self._over or interface._life is None:
+                return
+            try:
+                announce(interface._taps[0], mac)
+            except OSError as error:
+                self._tell(TransportError(f"the network is not told of {mac.hex(':')}: {error.strerror}"))
 
     def _told(self, live: bool) -> None:
         """By the port, in the thread that changes the device, with the device locked."""

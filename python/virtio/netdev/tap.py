@@ -24,6 +24,7 @@ _TUNSETIFF: Final = 0x4004_54CA
 _TUNSETOFFLOAD: Final = 0x4004_54D0
 _TUNSETQUEUE: Final = 0x4004_54D9
 _TUNSETVNETHDRSZ: Final = 0x4004_54D8
+_TUNGETVNETHDRSZ: Final = 0x8004_54D7
 _TUNSETCARRIER: Final = 0x4004_54E2
 _IFF_TAP: Final = 2
 _IFF_MULTI_QUEUE: Final = 0x0100
@@ -189,6 +190,16 @@ def attach_queue(tap: int, attached: bool) -> None:
 def set_carrier(tap: int, up: bool) -> None:
     """Plugs the cable in, or pulls it."""
     fcntl.ioctl(tap, _TUNSETCARRIER, struct.pack("i", up))
+
+
+def announce(tap: int, mac: bytes) -> None:
+    """Has the network learn where an address lives now: a broadcast RARP request (RFC 903) of `mac` for itself, as if it had sent that.
+
+    For a TAP whose frames have headers.
+    """
+    (header_size,) = struct.unpack("i", fcntl.ioctl(tap, _TUNGETVNETHDRSZ, bytes(4)))
+    body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 3) + 2 * (mac + bytes(4))
+    os.write(tap, bytes(header_size) + (b"\xff" * 6 + mac + b"\x80\x35" + body).ljust(60, b"\0"))
 
 
 class Interface:
