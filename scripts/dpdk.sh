@@ -18,5 +18,5 @@ command -v qemu-storage-daemon >/dev/null || [ -x .venv/qemu-7.2/usr/bin/qemu-st
 
 if [ ! -x .venv/bin/vhost-device-rng ]; then
     say "building vhost-device-rng into .venv"
-    cargo install --quiet --locked --root .venv vhost-device-rng
+    cargo install --quiet --locked --root .venv --version 0.1.0 vhost-device-rng
 fi
