@@ -417,12 +417,16 @@ class Device:
         self._status = Status(0)
         self.was_reset()
 
+    def rounds(self, index: int) -> int:
+        """How often one `poll` calls this queue's handler, at most: less than `POLL_ROUNDS` for what takes long."""
+        return POLL_ROUNDS
+
     @locked
     def poll(self) -> int:
         """Serves every queue until the driver has made nothing more available; returns how many handler calls that took.
 
         Before DRIVER_OK, and once a reset is needed, nothing is served (2.1.2). Each queue is left asking for a notification, or with its
-        doorbell signalled by ourselves if there is more to do than `POLL_ROUNDS` allows. SpecViolation: the driver broke a rule; the device
+        doorbell signalled by ourselves if there is more to do than its `rounds` allow. SpecViolation: the driver broke a rule; the device
         needs a reset from then on. Whatever else a handler raises comes through: what it completed is published, what it popped besides
         is handed back, and the queue is ready to be polled again.
         """
@@ -431,7 +435,8 @@ class Device:
         for index, served in self._served.items():
             if not self.serves(index) and served.queue.broken is None:
                 del ready[index]
-        for _ in range(POLL_ROUNDS):
+        late: list[_Served] = []
+        for number in range(POLL_ROUNDS):
             for index, served in list(ready.items()):
                 if self.state is not DeviceState.DRIVER_OK:
                     return calls
@@ -442,12 +447,15 @@ class Device:
                 if not served.queue.arm():
                     del ready[index]
                     continue
+                if number and number >= self.rounds(index):
+                    late.append(ready.pop(index))
+                    continue
                 calls += 1
                 if not self._serve(served):
                     del ready[index]
             if not ready:
                 break
-        for served in ready.values():
+        for served in (*late, *ready.values()):
             served.doorbell.signal()
         return calls
 

@@ -265,3 +265,25 @@ def test_a_broken_pair_ends_them_all_once(ring_format: str, bad: int) -> None:
     assert Status.NEEDS_RESET in driver.device.status
     assert driver.device.receive_frames() == [] and driver.device.pair(0).receive_frames() == []
     assert found.count(udp(4 - bad)) <= 1 and found.count(udp(bad)) <= 1
+
+
+def test_commands_to_and_fro_move_what_serves_the_pairs_once_a_poll(ring_format: str) -> None:
+    driver = Driver(ring_format, *BOTH)
+    told: list[bool] = []
+
+    def refill() -> None:
+        driver.used(CONTROL)
+        for pairs in (2, 1, 2, 1, 2) if driver.device.active_pairs == 1 else (1, 2, 1, 2, 1):
+            driver.add(CONTROL, [(*driver.place(bytes([MQ, 0, pairs, 0])), False), (*driver.place(bytes([UNTOUCHED])), True)])
+
+    def tell(live: bool) -> None:
+        told.append(live)
+        refill()
+
+    driver.device.watch_port(tell)  # which is told at once
+    for number in range(1, 4):
+        assert len(told) == number
+        assert driver.device.poll() == 1
+        assert driver.device.active_pairs == 1 + number % 2
+        assert driver.kicks[CONTROL].wait(0), "it comes back to the rest"
+    driver.device.unwatch_port(tell)

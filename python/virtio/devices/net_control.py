@@ -59,8 +59,10 @@ def pairs_wanted(data: bytes) -> int | None:
     return int(_PAIRS.unpack(data)[0]) if len(data) == _PAIRS.size else None
 
 
-def answer(queue: DeviceQueue, execute: Callable[[int, int, bytes], bool]) -> None:
+def answer(queue: DeviceQueue, execute: Callable[[int, int, bytes], bool], settle: Callable[[], object]) -> None:
     """The device's end: lets `execute` (class, command, data) carry out what the driver sent, up to 16, and acknowledges it as that tells.
+
+    Before the driver hears of any, `settle` does what all of them together ask for.
 
     What is too short for a command, or too long, is answered without asking; what has no room for an answer is returned, and not done.
     SpecViolation: the driver broke a rule of the ring.
@@ -74,6 +76,7 @@ def answer(queue: DeviceQueue, execute: Callable[[int, int, bytes], bool]) -> No
             command = chain.read()
             done = execute(command[0], command[1], command[_HEAD.size :])
         queue.complete(chain, chain.write(bytes([ACK_OK if done else ACK_ERR])))
+    settle()
     queue.publish()
 
 

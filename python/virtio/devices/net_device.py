@@ -241,7 +241,12 @@ class NetDevice(DeviceBursts, Device):
 
     def on_controlq(self, queue: DeviceQueue) -> None:
         """The driver sent commands: they are answered (5.1.6.5)."""
-        net_control.answer(queue, self._execute)
+        before = self._wanted_pairs
+        net_control.answer(queue, self._execute, lambda: self._use_pairs(before))
+
+    def rounds(self, index: int) -> int:
+        """As `Device.rounds`: commands once, since they may start and stop what serves the pairs."""
+        return 1 if index == self._control else super().rounds(index)
 
     def _execute(self, kind: int, command: int, data: bytes) -> bool:
         """Carries out a command; whether that can be."""
@@ -250,11 +255,13 @@ class NetDevice(DeviceBursts, Device):
         pairs = net_control.pairs_wanted(data)
         if pairs is None or not 1 <= pairs <= len(self._pairs):
             return False
-        if pairs != self._wanted_pairs:
-            self._wanted_pairs = pairs
+        self._wanted_pairs = pairs
+        return True
+
+    def _use_pairs(self, before: int) -> None:
+        if self._wanted_pairs != before:
             self._over = connect(self._pairs, self.active_pairs)
             self._tell(self._over is not None, again=True)
-        return True
 
     # What the driver does, and the port that follows from it.
 
