@@ -46,6 +46,8 @@ SPIN: Final = 0.0002
 """Seconds that one turn of a connection looks at its rings before it looks at its messages, if it never sleeps."""
 MESSAGES: Final = 64
 """Messages that one turn reads at most, so that others have theirs."""
+LONG: Final = 0.02
+"""Seconds after which a turn reads no further message."""
 
 
 class Connection:
@@ -123,9 +125,12 @@ class Connection:
     # What arrives.
 
     def receive(self) -> None:
-        """Reads and carries out the messages that are there, up to `MESSAGES`."""
+        """Reads and carries out the messages that are there, up to `MESSAGES`, or as many as are begun within `LONG` seconds."""
         self._unread = True
-        for _ in range(MESSAGES):
+        until = monotonic() + LONG
+        for number in range(MESSAGES):
+            if number and monotonic() > until:
+                return
             if self.closed or (received := self._receive()) is None:
                 self._unread = False
                 return
