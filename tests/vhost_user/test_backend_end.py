@@ -12,7 +12,7 @@ from virtio.devices.rng import RngDevice
 from virtio.features import Features
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import FRESH, Backend
-from virtio.vhost_user.connection import MESSAGES
+from virtio.vhost_user.connection import LONG, MESSAGES
 from virtio.vhost_user.message import FrontendRequest as F
 
 FEATURES = Features({Feature.VERSION_1})
@@ -97,3 +97,20 @@ def test_whoever_says_much_is_served_when_it_has_said_it(many: int, ends: bool, 
             pass
         assert backend.connections == 0 and waiting.served() == (0 if ends else 1)
         waiting.close()
+
+
+def test_messages_that_take_long_are_not_all_heard_in_one_turn(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    written: list[int] = []
+
+    class Slow(RngDevice):
+        def write_config(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+            written.append(offset)
+            time.sleep(2 * LONG)
+
+    with Backend(path, Slow()) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(FEATURES)
+        frontend.raw(wire.encode(F.SET_CONFIG, wire.Config(0, 1, 0, b"x")) * 3)
+        for number in range(1, 4):
+            backend.process()
+            assert len(written) == number
