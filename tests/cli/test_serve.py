@@ -25,6 +25,7 @@ from virtio.features import Features
 from virtio.netdev import Namespace, open_tap
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.message import ProtocolFeature
 
 GONE = ("the TAP is gone", "interface tap7 is gone")
 SPLIT = Features({Feature.VERSION_1})
@@ -306,6 +307,8 @@ def test_an_interface_is_the_far_end(path: Path, tmp_path: Path, ring_features: 
                         guest.receive()
                     assert wired.receive(100) == list(range(100))
                     guest.expect(list(range(100)))
+                    reply = frontend.ask(F.GET_PROTOCOL_FEATURES)  # a machine that migrates here is announced
+                    assert reply is not None and reply.payload.value >> ProtocolFeature.RARP & 1
                     served.until("counters", received_frames=100 * turn + 100, sent_frames=100 * turn + 100)
                 eventually(lambda: not carrier(namespace, "tap7"))
             served.end()

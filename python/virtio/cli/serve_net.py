@@ -66,9 +66,9 @@ def _serve_tap(served: Served, where: Place, wishes: Wishes, withheld: Features)
         raise click.BadParameter(str(error), param_hint="--tap") from None
     device = NetDevice(mac=wishes.mac, mtu=wishes.mtu, queue_pairs=wishes.queue_pairs)
     interface = served.stack.enter_context(Netdev(device, wishes.tap, existing=True))
+    interface.follow(served.report)  # first: a connection that was passed begins at once, and is to be offered RARP
     served.add(where, device, Interfaces(device, interface), f"a network device with the interface {wishes.tap} as its far end", withheld)
     served.ends.append(interface)
-    interface.follow(served.report)
 
 
 def _serve_peer(served: Served, where: Place, wishes: Wishes, withheld: Features, capture: Capture | None) -> None:
