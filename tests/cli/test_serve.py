@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from tests.cli.run import LIMIT, command, environment, failed, nothing_left, run, started
 from tests.cli.serving import Remote, serving
 from tests.netdev.wires import Wire, carrier, frame
+from tests.readable import readable
 from tests.vhost_user.guest import Guest, eventually
 from virtio import Feature
 from virtio.devices.net import CHECKSUMS, GUEST_OFFLOADS, HOST_OFFLOADS, NetFeature
@@ -509,7 +509,7 @@ def test_counters_move_on_a_terminal(path: Path) -> None:
 
         def shown(what: str) -> bool:
             nonlocal text
-            while select.select([ours], [], [], 0)[0]:
+            while readable(ours):
                 try:
                     text += os.read(ours, 4096).decode()
                 except OSError:

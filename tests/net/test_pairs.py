@@ -1,7 +1,6 @@
 """Several queue pairs at both ends: who sees which frame, the turn of each, flows that keep their pair, and what is refused."""
 
 import asyncio
-import select
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.net.flows import udp
+from tests.readable import readable
 from tests.transports import KINDS, over
 from virtio import (
     Burst,
@@ -256,10 +256,6 @@ def test_descriptors_of_pairs_and_of_all_become_readable(ring_format: str) -> No
     with LoopbackTransport(device) as transport:
         before = device.pair(1).fileno()
         with NetDriver(transport, queue_pairs=2, wanted=asks(ring_format)) as net:
-
-            def ready(descriptor: int) -> bool:
-                return bool(select.select([descriptor], [], [], 0)[0])
-
             for end, far in ((device, net), (net, device)):
                 assert end.pair(1).fileno() == (before if end is device else end.pair(1).fileno())
                 for port in (end, end.pair(0), end.pair(1)):
@@ -268,9 +264,9 @@ def test_descriptors_of_pairs_and_of_all_become_readable(ring_format: str) -> No
                     while port.wait(0):
                         port.receive_frames()
                 assert not any([end.arm(), end.pair(0).arm(), end.pair(1).arm()])
-                assert not ready(end.pair(1).fileno()) and not ready(end.fileno())
+                assert not readable(end.pair(1).fileno()) and not readable(end.fileno())
                 assert far.pair(1).send_frames([udp(1)]) == 1
-                assert ready(end.pair(1).fileno()) and ready(end.fileno()) and not ready(end.pair(0).fileno())
+                assert readable(end.pair(1).fileno()) and readable(end.fileno()) and not readable(end.pair(0).fileno())
                 assert end.wait(10.0) and end.receive_frames() == [udp(1)]
                 assert not end.pair(1).wait(0) or end.pair(1).receive_frames() == []
 

@@ -1,7 +1,6 @@
 """A machine whose back-end is another process, which may be killed and started again: its memory, rings and in-flight area stay."""
 
 import os
-import select
 import signal
 import socket
 import struct
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+from tests.readable import readable
 from tests.vhost_user.frontend import GUEST, PROTOCOL, SIZE, USER, Frontend
 from virtio import DriverQueue, Feature
 from virtio.features import Features
@@ -103,7 +103,7 @@ def until(done: Callable[[], bool], what: str, *events: int) -> None:
     end = time.monotonic() + LIMIT
     while not done():
         assert time.monotonic() < end, what
-        select.select(events, [], [], 0.05)
+        readable(*events, seconds=0.05)
 
 
 __all__ = ["GUEST", "SIZE", "USER", "DriverQueue", "Line", "Machine", "Region", "until"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.readable import readable
 from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
 from virtio import Burst, EventFd, Feature, Memory, NetDevice
 from virtio.device import Device
@@ -570,7 +571,7 @@ def test_without_descriptors_it_says_so_once_and_sleeps_until_there_are_some(bac
         try:
             for _ in range(20):
                 backend.process()
-                assert not select.select([backend.fileno()], [], [], 0)[0]
+                assert not readable(backend.fileno())
                 assert backend.wait_time is not None
             for _ in range(3):
                 backend.process(None)  # sleeps, and tries again

@@ -10,6 +10,7 @@ import select
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import ref
 
 from virtio._core import BufferPool, Burst, DevicePort, DeviceQueue, DriverPort, DriverQueue, EventFd, PortGroup
 from virtio.errors import SpecViolation, StatusError
@@ -44,16 +45,23 @@ def find_pair(pairs: tuple[_P, ...], number: int) -> _P:
 
 
 class Pair:
-    """One queue pair: its queues, its port while it is live, and what it counted."""
+    """One queue pair: its queues, its port while it is live, and what it counted. The end keeps it, it does not keep the end."""
 
     def __init__(self, end: Any, number: int) -> None:
-        self._end = end
+        self._end_reference = ref(end)  # memory and descriptors of an end that nobody keeps go at once
         self.number: Final = number
         """From 0."""
         self._port: Any = None
         self._over: Any = None
         self._queues: list[DriverQueue | DeviceQueue] = []
         self._totals: dict[str, Any] = {}
+
+    @property
+    def _end(self) -> Any:
+        """StatusError: nobody has kept it."""
+        if (end := self._end_reference()) is None:
+            raise StatusError(f"queue pair {self.number} was kept, the network device's end that it is of was not")
+        return end
 
     @property
     def indexes(self) -> tuple[int, int]:

@@ -94,6 +94,7 @@ class Interrupts:
             with self._guard:
                 for event in self._sinks.values():
                     event.close()
+            self._map_vector = self._read_isr = _closed  # the transport's: neither keeps the other for the collector
 
     def _start_msix(self, vectors: int) -> bool:
         counts = sorted({min(vectors, self._queues + 1, MOST_VECTORS), min(vectors, 2), min(vectors, 1)} - {0}, reverse=True)
@@ -214,6 +215,10 @@ class _FanOut:
                 with self._guard:
                     for source in tuple(self._sharers.get(self._watched[descriptor], ())):
                         self._sinks[source].signal()
+
+
+def _closed(*_: int) -> int:
+    raise StatusError("the interrupts are closed")
 
 
 def _name(source: int) -> str:
