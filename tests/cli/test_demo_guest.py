@@ -12,9 +12,9 @@ from time import monotonic, sleep
 
 import pytest
 
-from tests.cli.run import LIMIT, beside, failed, marked, nothing_left, run, until_it_listens
+from tests.cli.run import LIMIT, beside, command, failed, marked, nothing_left, run, until_it_listens
 from tests.cli.run import MARK as MARK_NAME
-from tests.cli.test_demo import PLAIN_USER, SESSION, in_order
+from tests.cli.test_demo import PLAIN_USER, ROOT, SESSION, in_order
 
 GUESTS = [pytest.param("uml", marks=pytest.mark.uml), pytest.param("qemu", marks=pytest.mark.guest)]
 PROGRAM = {"uml": "linux.uml", "qemu": "qemu-system-x86_64"}
@@ -83,6 +83,19 @@ def test_without_rights_it_makes_itself_a_user_namespace_or_says_why_not(guest: 
     with nothing_left(tmp_path) as more:
         done = run("demo", f"--guest={guest}", "--seconds", "1", before=PLAIN_USER, **more)
     if done.returncode:  # this machine may close one or the other to users
+        assert re.search("/dev/net/tun is closed to this user|run it as root", failed(done, 1))
+    else:
+        assert "6 of 6 pings answered" in done.stdout
+
+
+@pytest.mark.uml
+def test_a_user_other_than_root_has_a_guest_whose_file_systems_are_mounted(tmp_path: Path) -> None:
+    user = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups") if ROOT else ()
+    reach = subprocess.run([*user, *command("--version")], capture_output=True, text=True)
+    assert reach.returncode == 0, f"user 12345 cannot run this Python, or not read the package: {reach.stderr}"
+    with nothing_left(tmp_path) as more:  # whose folder is closed to other users
+        done = run("demo", "--guest=uml", "--seconds", "1", before=user, **{**more, "HOME": "/tmp", "TMPDIR": "/tmp"})
+    if done.returncode:  # as above
         assert re.search("/dev/net/tun is closed to this user|run it as root", failed(done, 1))
     else:
         assert "6 of 6 pings answered" in done.stdout

@@ -1,5 +1,7 @@
 """No ring is served for a front-end that has gone or has stopped it: the memory may be a file that somebody else has by now."""
 
+import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import FRESH, Backend
 from virtio.vhost_user.connection import LONG, MESSAGES
 from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.socket import Source
 
 FEATURES = Features({Feature.VERSION_1})
 
@@ -114,3 +117,17 @@ def test_messages_that_take_long_are_not_all_heard_in_one_turn(tmp_path: Path) -
         for number in range(1, 4):
             backend.process()
             assert len(written) == number
+
+
+@pytest.mark.parametrize("kind", ["back-end", "front-end"])
+def test_a_path_that_is_somebody_elses_by_now_stays(tmp_path: Path, kind: str) -> None:
+    path = str(tmp_path / "s")
+    first = Backend(path, RngDevice()) if kind == "back-end" else Source(path, listens=True)
+    os.unlink(path)
+    with Backend(path, RngDevice()):
+        first.close()
+        with socket.socket(socket.AF_UNIX) as frontend:
+            frontend.connect(path)
+        first.close()
+        assert os.path.exists(path)
+    assert not os.path.exists(path)

@@ -258,13 +258,15 @@ def uml_guest(folder: Path, devices: Mapping[str, int], *, memory: str = "256M",
     What it needs to start lies in `folder`. CommandError: something is not installed.
     """
     require([UML])
-    steps = [f"export PATH={SYSTEM_PATH}", *(f"mount -t {kind} none /{name}" for kind, name in MOUNTS)]
+    steps = [f"mount -t {kind} none /{name}" for kind, name in MOUNTS]
     steps += [f"insmod {shlex.quote(str(path))}" for path in uml_modules()]
     words = [UML, f"mem={memory}", "rootfstype=hostfs", "rootflags=/", "ro", "con=null", "con0=fd:0,fd:1"]
     words += ["quiet", "loglevel=1", f"uml_dir={folder}", *(f"virtio_uml.device={path}:{device}" for path, device in devices.items())]
     words += ["init=/bin/sh", "--", "-c", FIRST]
     environment = {"TMPDIR": "/dev/shm", **xstate(folder)}
-    return Guest(words, first="; ".join([*steps, SHELL]), environment=environment, check=check)
+    # In an ordinary user's namespace root's files are nobody's, and mount, which has the set-user-ID bit, would run as nobody.
+    first = f"export PATH={SYSTEM_PATH}; exec setpriv --no-new-privs /bin/sh -c {shlex.quote('; '.join([*steps, SHELL]))}"
+    return Guest(words, first=first, environment=environment, check=check)
 
 
 def uml_modules(names: Sequence[str] = MODULES[1:]) -> list[Path]:

@@ -23,7 +23,7 @@ from virtio.device import Device
 from virtio.errors import StatusError, TransportError
 from virtio.features import Features, features_of
 from virtio.vhost_user.connection import PROTOCOL, Connection
-from virtio.vhost_user.socket import Link, adopt, check_path, connect, listen, listening
+from virtio.vhost_user.socket import Link, Place, adopt, check_path, connect, listen, listening
 
 RETRY: Final = 0.1
 """Seconds between attempts to connect, and to accept once that has failed."""
@@ -78,6 +78,7 @@ class Backend:
         self._device, self._poll, self._protocol = device, poll, protocol_features
         self._report = report
         self._path: str | None = None
+        self._place: Place | None = None
         self._listener: socket.socket | None = None
         self._accepting = False
         self._accept_at: float | None = None
@@ -96,6 +97,7 @@ class Backend:
             self._connecting = connect
             if not connect:
                 self._listener = listen(self._path)
+                self._place = Place.of(self._path)
         self._sleep: tuple[select.epoll, EventFd] | None = select.epoll(), EventFd()
         self._epoll.register(self._wake.fileno(), select.EPOLLIN)
         self._stopping = False
@@ -201,7 +203,10 @@ class Backend:
             self._wake.signal()
 
     def close(self) -> None:
-        """Ends all connections, resets their devices, and removes the socket that it made. Again does nothing."""
+        """Ends all connections, resets their devices, and removes the socket that it made, unless its path is somebody else's by now.
+
+        Again does nothing.
+        """
         if self._closed:
             return
         self._closed = True
@@ -209,10 +214,9 @@ class Backend:
             connection.close()
         self._connections.clear()
         if self._listener is not None:
+            if self._place is not None:
+                self._place.remove()
             self._listener.close()
-            if self._path is not None:
-                with suppress(OSError):
-                    os.unlink(self._path)
         self._wake.signal()
         self._sleep = None
 

@@ -9,7 +9,7 @@ import socket
 import stat
 from collections import deque
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from virtio import arguments
 from virtio.errors import TransportError
@@ -70,6 +70,29 @@ def _remove_stale(path: str) -> None:
     raise TransportError(f"cannot listen on {path}: it is in use")
 
 
+class Place(NamedTuple):
+    """A socket's file, whatever else has its name by now."""
+
+    path: str
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> Self | None:
+        """What is at `path`; None: nothing."""
+        try:
+            found = os.lstat(path)
+        except OSError:
+            return None
+        return cls(path, found.st_dev, found.st_ino)
+
+    def remove(self) -> None:
+        """Unlinks it, if it is there still. Its socket has to be open: until then nobody else gets its inode."""
+        if Place.of(self.path) == self:
+            with suppress(OSError):
+                os.unlink(self.path)
+
+
 def connect(path: str) -> socket.socket:
     """A connection to who listens at `path`. ValueError: as `check_path`. TransportError: nobody does, or it is no such socket."""
     check_path(path)
@@ -110,6 +133,7 @@ class Source:
     def __init__(self, path_or_fd: str | os.PathLike[str] | int, *, listens: bool = False) -> None:
         self.listener: socket.socket | None = None
         self._path: str | None = None
+        self._place: Place | None = None
         self._given: socket.socket | None = None
         if isinstance(path_or_fd, int):
             given = adopt(path_or_fd)
@@ -122,6 +146,7 @@ class Source:
             self.name = self._path = check_path(os.fspath(path_or_fd))
             if listens:
                 self.listener = listen(self._path)
+                self._place = Place.of(self._path)
         if self.listener is not None:
             self.listener.setblocking(False)
 
@@ -145,14 +170,14 @@ class Source:
             raise TransportError(f"cannot accept at {self.name}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Listens no more, and removes the path that it made."""
+        """Listens no more, and removes the path that it made, unless it is somebody else's by now."""
         if self._given is not None:
             self._given.close()
         if self.listener is not None:
+            if self._place is not None:
+                self._place.remove()
+                self._place = None
             self.listener.close()
-            if self._path is not None:
-                with suppress(OSError):
-                    os.unlink(self._path)
 
 
 class Link:
