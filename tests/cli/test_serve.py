@@ -54,6 +54,14 @@ class Breaks(Dice):
     def __init__(self):
         raise ValueError("no such dice")
 
+class Forgets(Dice):
+    def __init__(self):
+        self.sides = 6
+
+class Quits(Dice):
+    def __init__(self):
+        raise SystemExit(0)
+
 something = 4
 """
 
@@ -378,7 +386,7 @@ def test_a_class_of_ones_own(path: Path, dice: str) -> None:
         with with_ring(path) as frontend, with_ring(path) as innocent:
             frontend.queues[0].add(None, writable=[frontend.room(13)])
             frontend.queues[0].publish()
-            assert served.until("error")["text"] == "thirteen"
+            assert served.until("error")["text"] == "RuntimeError: thirteen (dice.py:13, on_requestq)"
             assert read(innocent, 16) == bytes([4] * 16)
         served.end()
     done = run("serve", f"{dice}:Dice", "--print-capabilities", "--nonsense")
@@ -392,8 +400,11 @@ def test_a_class_of_ones_own(path: Path, dice: str) -> None:
         ("{dice}:something", "something in {dice} is no subclass of virtio.Device"),
         ("{dice}:Needs", "{dice}:Needs: TypeError: "),
         ("{dice}:Breaks", "{dice}:Breaks: ValueError: no such dice"),
+        ("{dice}:Forgets", "{dice}:Forgets: TypeError: Forgets.__init__ does not call super().__init__()"),
+        ("{dice}:Quits", "{dice}:Quits: SystemExit (0): a device does not end the program"),
         ("{folder}/missing.py:Dice", "{folder}/missing.py: no such file"),
-        ("{folder}:Dice", "{folder}: no such file"),
+        ("{folder}:Dice", "{folder}: a folder"),
+        ("{dice}:", "{dice}: is not a file and a class"),
         ("{folder}/plain.txt:Dice", "{folder}/plain.txt is no Python file"),
         ("{folder}/wrong.py:Dice", "{folder}/wrong.py does not import: SyntaxError: "),
         ("{folder}/raises.py:Dice", "{folder}/raises.py does not import: ZeroDivisionError: "),

@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from virtio.cli.output import CommandError
+from virtio.cli.own import EndsProgramError, made_by
 from virtio.cli.serve_views import view
 from virtio.cli.served import Place, Served
 from virtio.spec import DeviceId
@@ -247,7 +248,7 @@ def _own(target: str) -> click.Command:
         where = place(socket_path, fd, client, packed)
         made = own_class(file, name)
         _checked(made, target)  # what it raises is told before anybody connects
-        _serve_any(made, where, target)
+        _serve_any(lambda: made_by(made), where, target)
 
     return command
 
@@ -258,8 +259,10 @@ def own_class(file: str, name: str) -> "type[Device]":
 
     from virtio import Device
 
+    if not file or not name:
+        raise CommandError(f"{file}:{name} is not a file and a class, FILE.py:CLASS")
     if not os.path.isfile(file):
-        raise CommandError(f"{file}: no such file")
+        raise CommandError(f"{file}: {'a folder' if os.path.isdir(file) else 'no such file'}")
     spec = spec_from_file_location(f"_served_{Path(file).stem}", file)
     if spec is None or spec.loader is None:
         raise CommandError(f"{file} is no Python file: its name has to end in .py")
@@ -282,6 +285,8 @@ def own_class(file: str, name: str) -> "type[Device]":
 
 def _checked(make: "type[Device]", target: str) -> None:
     try:
-        make()
+        made_by(make)
+    except EndsProgramError as error:
+        raise CommandError(f"{target}: {error}") from error
     except Exception as error:
         raise CommandError(f"{target}: {type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from virtio.cli.output import CommandError
+from virtio.cli.own import told
 from virtio.cli.serve_views import View
 from virtio.spec import Feature
 
@@ -44,7 +45,7 @@ class Served:
 
     def report(self, error: Exception) -> None:
         """A front-end's mistake, or a driver's."""
-        self._view.emit("error", text=str(error) or type(error).__name__)
+        self._view.emit("error", text=told(error))
 
     def add(self, where: Place, device: "Device | Callable[[], Device]", counted: Any, what: str, withheld: Any = ()) -> "Backend":
         """CommandError, TransportError: the socket cannot be had."""
