@@ -558,6 +558,7 @@ def test_counters_move_on_a_terminal(path: Path) -> None:
         (("net", "--socket-path", "s", "--tap", "x" * 16), "it may have 1 to 15"),
         (("net", "--socket-path", "s", "--tap", "x", "--peer", "y"), "--tap does not go together with --peer"),
         (("net", "--socket-path", "s", "--tap", "x", "--pcap", "y"), "--tap does not go together with --pcap: run tcpdump -i x"),
+        (("net", "--socket-path", "s", "--peer", "./s"), "--peer is another machine's socket"),
         (("rng", "--tap", "x"), "--tap"),
     ],
 )

@@ -193,6 +193,8 @@ def serve_net(
         other = "--peer" if wishes["peer"] is not None else "--pcap"
         hint = "" if other == "--peer" else f": run tcpdump -i {wishes['tap']} beside it"
         raise click.UsageError(f"--tap does not go together with {other}{hint}")
+    if socket_path is not None and wishes["peer"] is not None and os.path.realpath(socket_path) == os.path.realpath(wishes["peer"]):
+        raise click.UsageError(f"--peer is another machine's socket: --socket-path is {socket_path} already")
     from virtio.cli.serve_net import Wishes, serve_net
 
     with ExitStack() as stack:
