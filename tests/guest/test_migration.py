@@ -25,8 +25,9 @@ PORT = 5000
 WORD = os.urandom(32000)
 """So much that the guest's kernel keeps it, though nobody there reads it yet."""
 KEEP = f"nc -l -p {PORT} -e sh -c 'until [ -e /tmp/go ]; do sleep 0.1; done; sha256sum >/tmp/sum'"
-BUSY = "while [ ! -e /tmp/go ]; do dd if=/dev/zero of=/tmp/busy bs=64k count=500 conv=notrunc; done >/dev/null 2>&1"
-"""Pages are written all the time, so that the migration does not end by itself."""
+NOISE = "yes | head -c 8388608 >/tmp/noise"
+BUSY = "while dd if=/tmp/noise of=/dev/null bs=8M 2>/dev/null; do :; done"
+"""Writes 8 MiB that are not zero all the time: they take a second to send, so that the migration does not end by itself."""
 
 
 def until(condition: Callable[[], bool], what: Callable[[], Any], seconds: float = 90.0) -> None:
@@ -58,23 +59,25 @@ def test_a_guest_moves_with_what_it_has_received(kernel: Kernel, tmp_path: Path,
     with (
         Far(paths[0], device_for(ring_features)) as old,
         Far(paths[1], device_for(ring_features)) as new,
-        Machine(kernel, paths[0], card=card) as source,
-        Machine(kernel, paths[1], card=card, options=["-incoming", way]) as target,
+        Machine(kernel, paths[0], card=card, memory="128M") as source,
+        Machine(kernel, paths[1], card=card, memory="128M", options=["-incoming", way]) as target,
     ):
 
         def state() -> Any:
             found = source.qmp("query_migrate")
-            assert found.get("status") not in ("failed", "cancelled"), found
+            assert found["status"] not in ("failed", "cancelled"), found
             return found
 
         source.boot()
         source.ping()
         source.read("word=before; ping -n -i 0.02 -W 10 -w 600 192.0.2.2 >/tmp/pings 2>&1 & sleep 0")
         source.read(f"{KEEP} & sleep 0")
+        source.read(NOISE)
         source.read(f"({BUSY}) & sleep 0")
-        source.qmp("migrate_set_parameters", downtime_limit=1, max_bandwidth=24 << 20)
+        source.qmp("migrate_set_parameters", downtime_limit=1, max_bandwidth=8 << 20)
         source.qmp("migrate", uri=way)
         until(lambda: state().get("ram", {}).get("dirty-sync-count", 0) >= 3, state)  # all pages were sent once
+        assert state()["status"] == "active"
         say(old, WORD)
         source.qmp("migrate_set_parameters", downtime_limit=10000, max_bandwidth=1 << 30)
         until(lambda: bool(state()["status"] == "completed"), state)
