@@ -28,7 +28,7 @@ pub enum AnyDevice {
 macro_rules! delegate {
     ($any:ident: $ring:ident { $(fn $name:ident$(<$generic:ident: $bound:ident>)?($self:ident: $receiver:ty, ($($arg:ident: $type:ty),*)) -> $out:ty;)* }) => {
         impl $ring for $any {
-            $(#[inline]
+            $(#[inline(always)]
             fn $name$(<$generic: $bound>)?($self: $receiver, $($arg: $type),*) -> $out {
                 match $self {
                     $any::Split(ring) => ring.$name($($arg),*),

@@ -185,11 +185,11 @@ impl<R: DeviceRing> DeviceQueue<R> {
         if self.broken.is_some() {
             return Ok(());
         }
-        self.ring.complete_batch(completions)?;
+        let result = self.ring.complete_batch(completions);
         if let Some(tracking) = &mut self.tracking {
-            tracking.completed(self.ring.told());
+            tracking.completed(self.ring.told()); // nothing new, if they were refused
         }
-        Ok(())
+        result
     }
 
     /// Hands the newest `count` chains back to the ring, as if they had not been popped.

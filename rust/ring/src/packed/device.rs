@@ -324,7 +324,8 @@ impl DeviceRing for PackedDevice {
         self.limit
     }
 
-    #[inline]
+    // Always, since it has two callers: with in-flight tracking and without, which must not pay for that.
+    #[inline(always)]
     fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError> {
         let mut popped = 0;
         loop {

@@ -314,7 +314,8 @@ impl DeviceRing for SplitDevice {
         self.limit
     }
 
-    #[inline]
+    // Always, since it has two callers: with in-flight tracking and without, which must not pay for that.
+    #[inline(always)]
     fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError> {
         let n = usize::from(self.ready(out.room())?).min(out.room());
         let mut popped = 0;
