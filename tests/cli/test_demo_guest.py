@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -90,9 +91,9 @@ def test_without_rights_it_makes_itself_a_user_namespace_or_says_why_not(guest: 
 
 @pytest.mark.uml
 def test_a_user_other_than_root_has_a_guest_whose_file_systems_are_mounted(tmp_path: Path) -> None:
-    user = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups") if ROOT else ()
-    reach = subprocess.run([*user, *command("--version")], capture_output=True, text=True)
-    assert reach.returncode == 0, f"user 12345 cannot run this Python, or not read the package: {reach.stderr}"
+    user: Sequence[str] = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups") if ROOT else ()
+    if subprocess.run([*user, *command("--version")], capture_output=True).returncode:
+        user = PLAIN_USER  # where the checkout, or this Python, is closed to other users, root without rights is the nearest there is
     with nothing_left(tmp_path) as more:  # whose folder is closed to other users
         done = run("demo", "--guest=uml", "--seconds", "1", before=user, **{**more, "HOME": "/tmp", "TMPDIR": "/tmp"})
     if done.returncode:  # as above
