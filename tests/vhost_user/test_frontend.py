@@ -293,15 +293,16 @@ def test_a_back_end_that_hangs_up_once_it_has_the_rings_is_not_called_at_once(pa
         while not over.is_set():
             backend.process(0.01)
             for connection in backend._connections:
-                if connection._status & Status.DRIVER_OK:
+                if driven.is_set() and connection._status & Status.DRIVER_OK:
                     connection.close()
 
-    over = threading.Event()
+    driven, over = threading.Event(), threading.Event()
     with Backend(path, NetDevice) as backend:
         thread = threading.Thread(target=hang_up)
         thread.start()
         try:
             with VhostUserTransport(path, DeviceId.NETWORK) as transport, NetDriver(transport):
+                driven.set()  # a driver that is being made may be told of the loss
                 until(lambda: transport._retry == LONGEST_RETRY)
         finally:
             over.set()
