@@ -79,6 +79,7 @@ def test_two_machines_are_each_others_far_end(folder: Path, words: tuple[str, ..
         ping(near, FAR)
         ping(far, NEAR)
         far.read("iperf3 -s -D -1 --logfile /tmp/log")
+        far.read("until grep -qs ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done")  # it listens
         status, lines = near.run(f"iperf3 -c {FAR} -t 2 --connect-timeout 20000")
         assert status == 0 and any("receiver" in line for line in lines), lines
         served.until("counters", received_bytes=1 << 20)
