@@ -124,6 +124,21 @@ def test_a_process_that_was_passed_the_descriptor_is_the_device(ring_format: str
     theirs.close()
 
 
+def test_a_forked_child_signals_what_its_parent_did() -> None:
+    mine = EventFd()
+    shared = EventFd.from_fd(mine.fileno())
+    shared.signal()
+
+    def work() -> None:
+        for _ in range(1000):  # more than the kernel keeps results of
+            shared.signal()
+
+    joined(in_child(work))
+    for _ in range(1000):
+        shared.signal()
+    assert mine.drain() == 2001
+
+
 def test_what_is_the_parents_is_refused_in_the_child(ring_format: str) -> None:
     pair = Pair(ring_format)
     burst, far, batch = pair.pool.burst(4), pair.far.burst(4), pair.device.batch(4)

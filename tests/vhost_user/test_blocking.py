@@ -24,6 +24,7 @@ from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.message import FrontendRequest as F
 
 FULL = (1 << 64) - 2
+"""What a write can fill it with; the kernel itself may add one more."""
 FEATURES = Features({Feature.VERSION_1})
 
 
@@ -62,7 +63,7 @@ def test_an_eventfd(passed: bool) -> None:
     assert near.drain() == 0
     fill(far)
     near.signal()
-    assert near.drain() == FULL
+    assert near.drain() >= FULL
 
 
 @pytest.mark.parametrize("poll", [False, True])
@@ -85,7 +86,7 @@ def test_a_front_end_makes_its_kicks_blocking(poll: bool, tmp_path: Path) -> Non
         frontend.memory.store(frontend.queues[0].areas[1] - GUEST + 2, 2, 999)  # more than the ring has: it breaks, and says so
         frontend.kicks[0].signal()
         frontend.turn()
-        assert frontend.errors[0].drain() == FULL
+        assert frontend.errors[0].drain() >= FULL
 
 
 def test_a_front_end_makes_a_ring_that_is_emptied_blocking(tmp_path: Path) -> None:

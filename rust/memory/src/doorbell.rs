@@ -1,5 +1,6 @@
 //! How one side tells the other that there is work: an eventfd, or a store into a device's register.
 
+use crate::aio;
 use crate::descriptor::set_nonblocking;
 use crate::error::{MemoryError, last_errno};
 use crate::registers::Registers;
@@ -71,11 +72,15 @@ impl EventFd {
             return Err(MemoryError::NotEventFd { fd: fd.as_raw_fd() });
         };
         set_nonblocking(fd.as_fd())?;
+        if matches!(kind, Kind::EventFd) {
+            aio::prepare();
+        }
         Ok(Self { fd, kind, shared: AtomicBool::new(true) })
     }
 
     /// From now on somebody else may have the open file.
     pub fn share(&self) {
+        aio::prepare();
         self.shared.store(true, Ordering::Relaxed);
     }
 
@@ -88,9 +93,11 @@ impl EventFd {
         let one = 1u64.to_ne_bytes();
         let fd = self.fd.as_raw_fd();
         let written = match self.kind {
-            // The kernel takes no RWF_NOWAIT here; only a full counter would make the write wait. Who fills it between the two calls, and
-            // has cleared O_NONBLOCK, holds this thread until the counter is taken.
-            Kind::EventFd if self.shared.load(Ordering::Relaxed) && !self.polls(libc::POLLOUT)? => return Ok(()),
+            // The kernel takes no RWF_NOWAIT here; only a full counter would make the write wait. Where the other way does not work,
+            // who fills it between the two calls, and has cleared O_NONBLOCK, holds this thread until the counter is taken.
+            Kind::EventFd if self.shared.load(Ordering::Relaxed) && (aio::signal(self.as_fd()) || !self.polls(libc::POLLOUT)?) => {
+                return Ok(());
+            }
             // SAFETY: eight readable bytes.
             Kind::EventFd => unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) },
             // SAFETY: as above.

@@ -11,6 +11,7 @@
 //! - whatever points into a mapping holds an `Arc<Mapping>`, so that unmapping waits for the last user;
 //! - an address, an offset or a length from outside is checked, whole, before the first byte moves.
 
+mod aio;
 mod allocator;
 mod burst;
 mod copy;
