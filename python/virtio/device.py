@@ -534,8 +534,10 @@ class Device:
 
 
 def check_device(device: Device) -> None:
-    """TypeError: it is none, or a class of devices."""
+    """TypeError: it is none, a class of devices, or one whose constructor does not call the base class's."""
     arguments.instance("device", device, Device, "a Device, as RngDevice()")
+    if "_lock" not in vars(device):
+        raise TypeError(f"{type(device).__name__}.__init__ does not call super().__init__()")
 
 
 def _check_constants(device: Device) -> None:

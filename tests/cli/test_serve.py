@@ -363,7 +363,7 @@ def test_an_interface_that_cannot_be_had(path: Path) -> None:
         os.close(taken)
         with namespace.entered():
             line = failed(run("serve", "net", "--socket-path", str(path), "--tap", "lo"), 1)
-        assert line == "virtio: interface lo is there already, and is no TAP with one queue: choose another name"
+        assert line == "virtio: interface lo is there already, and is no TAP: choose another name"
     plain = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all") if os.geteuid() == 0 else ()
     line = failed(run("serve", "net", "--socket-path", str(path), "--tap", "tap7", before=plain), 1)
     assert "CAP_NET_ADMIN" in line or "/dev/net/tun" in line

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from virtio.cli.output import DEVELOPER, CommandError
+from virtio.device import check_device
 from virtio.errors import VirtioError
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ def made_by(make: "Callable[[], Device]") -> "Device":
     TypeError: its constructor does not call the base class's.
     """
     device: Device = guarded(make)()
-    if not hasattr(device, "offered"):
-        raise TypeError(f"{type(device).__name__}.__init__ does not call super().__init__()")
+    check_device(device)
     device.__class__ = _guarding(type(device))  # not functions in the device, which would keep it alive
     return device
 

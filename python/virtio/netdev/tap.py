@@ -13,6 +13,7 @@ from typing import Final
 from virtio import arguments
 from virtio.features import Features
 from virtio.netdev.namespace import bring_up, inside
+from virtio.netdev.tun_info import tun_info
 
 TUN: Final = "/dev/net/tun"
 MAX_QUEUES: Final = 256
@@ -86,7 +87,8 @@ def check_name(name: str) -> str:
 def open_tap(name: str, *, namespace: int | None = None, header: bool = True, existing: bool = False) -> int:
     """Makes a TAP interface; returns its descriptor, which does not block. The interface ends when that is closed.
 
-    With `existing` one that is there and persistent, and that nobody has open, is taken, and stays; if there is none, one is made.
+    With `existing` one that is there and persistent, and that nobody has open, is taken, and stays, whether it was made for several
+    queues or not; if there is none, one is made.
     `namespace` is a descriptor of the network namespace where it is to be: without it, that of the calling thread. With `header` each frame
     has a header before it (IFF_VNET_HDR). ValueError: no such name can be. TapPermissionError, NameTakenError, TapError: it cannot be had.
     """
@@ -99,6 +101,11 @@ def open_queues(name: str, queues: int, *, namespace: int | None = None, header:
     try:
         for _ in range(queues):
             found.append(_open_queue(name, namespace, header=header, several=queues > 1, existing=existing or bool(found)))
+        if existing:
+            with _in(namespace):
+                about = tun_info(name)
+            if about is not None and about.queues > queues:  # one with multi_queue takes everybody, and deals frames out among them
+                raise NameTakenError(errno.EBUSY, f"interface {name} is in use: another program has it")
     except BaseException:
         for descriptor in found:
             os.close(descriptor)
@@ -109,7 +116,7 @@ def open_queues(name: str, queues: int, *, namespace: int | None = None, header:
 def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool, existing: bool) -> int:
     data = os.fsencode(check_name(name))
     flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0) | (_IFF_MULTI_QUEUE if several else 0)
-    with inside(namespace) if namespace is not None else nullcontext():
+    with _in(namespace):
         try:
             tap = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -122,11 +129,20 @@ def _open_queue(name: str, namespace: int | None, *, header: bool, several: bool
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
                 if not existing and _exists(any_socket, name):  # one that is persistent and free would be taken over, not made
                     raise NameTakenError(errno.EEXIST, f"interface {name} is there already: choose another name")
-            fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, flags))
+            try:
+                fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, flags))
+            except OSError as error:
+                if not existing or several or error.errno != errno.EINVAL:
+                    raise
+                fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", data, flags | _IFF_MULTI_QUEUE))  # one that was made for several
         except OSError as error:
             os.close(tap)
             raise (_not_taken(name, error, several=several) if existing else _refused(name, error)) from None
     return tap
+
+
+def _in(namespace: int | None) -> AbstractContextManager[None]:
+    return nullcontext() if namespace is None else inside(namespace)
 
 
 def _refused(name: str, error: OSError) -> OSError:
@@ -146,8 +162,11 @@ def _not_taken(name: str, error: OSError, *, several: bool) -> OSError:
     if number == errno.EBUSY:
         return NameTakenError(number, f"interface {name} is in use: another program has it")
     if number == errno.EINVAL:
-        kind = "several queues" if several else "one queue"
-        return NameTakenError(number, f"interface {name} is there already, and is no TAP with {kind}: choose another name")
+        kind = "TAP for several queues (multi_queue)" if several else "TAP"
+        return NameTakenError(number, f"interface {name} is there already, and is no {kind}: choose another name")
+    if number == errno.EPERM and (about := tun_info(name)) is not None:
+        whose = [f"{kind} {found}" for kind, found in (("user", about.owner), ("group", about.group)) if found is not None]
+        return TapPermissionError(number, f"interface {name} is for {' and '.join(whose)}, or who has CAP_NET_ADMIN: choose another name")
     return _refused(name, error)
 
 
@@ -254,7 +273,7 @@ class Interface:
             return fcntl.ioctl(any_socket, request, argument)
 
     def _inside(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._namespace is None else inside(self._namespace)
+        return _in(self._namespace)
 
 
 def each(addresses: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from typing import Final, NoReturn, Self
 
 from virtio import arguments
 from virtio._core import EventFd
-from virtio.device import Device
+from virtio.device import Device, check_device
 from virtio.errors import StatusError, TransportError
 from virtio.features import Features, features_of
 from virtio.vhost_user.connection import PROTOCOL, Connection
@@ -46,10 +46,12 @@ class Backend:
     each connection. `poll` never sleeps while a ring runs. `report` is told of mistakes of front-ends and of what ended a connection; by
     default `logging` is. `protocol_features` is a choice from `PROTOCOL`; `withheld` are features of devices that are not offered here.
 
-    Devices run in the thread that processes. What is driven by hand (`Device.serves` is false) belongs in that thread too.
+    Devices run in the thread that processes. What is driven by hand (`Device.serves` is false) belongs in that thread too. An exception of
+    theirs ends their connection and is reported; SystemExit and KeyboardInterrupt are the program's, and go through.
 
-    ValueError: a path longer than 107 bytes, protocol features outside `PROTOCOL`. TransportError: the path is in use, is no socket, or
-    cannot be made; no Unix socket's descriptor.
+    TypeError: a device whose constructor does not call the base class's. ValueError: a path longer than 107 bytes, protocol features
+    outside `PROTOCOL`. TransportError: the path is in use, is no socket, or cannot be made; the descriptor is not a Unix socket's, or its
+    socket neither listens nor is connected.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Backend:
     ) -> None:
         if isinstance(device, type) or not isinstance(device, Device):
             arguments.call("device", device)
+        else:
+            check_device(device)
         if report is not None:
             arguments.call("report", report)
         if not isinstance(path_or_fd, int | str | os.PathLike):
@@ -84,6 +88,7 @@ class Backend:
         self._accept_at: float | None = None
         self._connecting = False
         self._retry_at = 0.0
+        self._unreached = ""
         self._connections: list[Connection] = []
         self._watched: dict[int, Callable[[], object]] = {}
         first: socket.socket | None = None
@@ -265,8 +270,12 @@ class Backend:
         self._retry_at = time.monotonic() + RETRY
         try:
             self._begin(connect(self._path))
+            self._unreached = ""
         except TransportError as error:
-            _log.debug("%s", error)
+            nobody = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
+            if not nobody and str(error) != self._unreached:  # once: it is tried again and again
+                self.report(error)
+            self._unreached = "" if nobody else str(error)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -287,6 +296,7 @@ class Backend:
         link = Link(connected)
         try:
             device = self._device if isinstance(self._device, Device) else self._device()
+            check_device(device)
             made = Connection(link, device, self, protocol_features=self._protocol, poll=self._poll, withheld=self._withheld)
             self._connections.append(made)
             self.accepted += 1

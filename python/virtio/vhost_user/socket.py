@@ -101,13 +101,14 @@ def connect(path: str) -> socket.socket:
         made.connect(path)
     except OSError as error:
         made.close()
-        plain = os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode)
-        raise TransportError(f"cannot connect to {path}: {'it is not a socket' if plain else error.strerror}") from None
+        if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise TransportError(f"cannot connect to {path}: it is not a socket") from None
+        raise TransportError(f"cannot connect to {path}: {error.strerror}") from error
     return made
 
 
 def adopt(descriptor: int) -> socket.socket:
-    """A Unix socket that somebody passed; the descriptor is the socket's from here on. TransportError: it is none."""
+    """A Unix socket that somebody passed, listening or connected: the descriptor is its own from here on. TransportError: it is none."""
     try:
         found = socket.socket(fileno=descriptor)
     except OSError as error:
@@ -116,6 +117,12 @@ def adopt(descriptor: int) -> socket.socket:
         kind = f"{getattr(found.family, 'name', found.family)}, {getattr(found.type, 'name', found.type)}"
         found.detach()
         raise TransportError(f"descriptor {descriptor} is not a Unix stream socket, but {kind}")
+    if not listening(found):
+        try:
+            found.getpeername()
+        except OSError:
+            found.detach()
+            raise TransportError(f"descriptor {descriptor} is a Unix socket that neither listens nor is connected") from None
     return found
 
 
