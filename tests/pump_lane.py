@@ -20,7 +20,7 @@ class Tap:
         self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         for end in (self.near, self.far):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.far.settimeout(20)
+        self.far.settimeout(60)
 
     def __del__(self) -> None:
         self.near.close()
@@ -82,7 +82,7 @@ def running(*pumps: Pump) -> Iterator[PumpRunner]:
         yield runner
     finally:
         runner.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     if raised:
         raise raised[0]
@@ -91,7 +91,7 @@ def running(*pumps: Pump) -> Iterator[PumpRunner]:
 def until(condition: Callable[[], bool]) -> None:
     """Waits for what another thread does."""
     gate = threading.Event()
-    for _ in range(2000):
+    for _ in range(6000):
         if condition():
             return
         gate.wait(0.01)

@@ -48,7 +48,7 @@ def rules() -> dict[str, str]:
 
 @pytest.mark.parametrize("program", blocks(ROOT / "README.md", "python"))
 def test_programs_in_the_readme_run(program: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
 
@@ -57,7 +57,7 @@ def test_programs_in_the_readme_run(program: str, tmp_path: Path) -> None:
 def test_the_kernel_interfaces_of_the_readme_are_pinged(before: list[str], tmp_path: Path) -> None:
     (program,) = blocks(ROOT / "README.md", "python root")
     command = [*before, sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "3 packets transmitted, 3 received" in done.stdout, done.stdout + done.stderr
     assert not done.stderr
 

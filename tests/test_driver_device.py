@@ -107,7 +107,7 @@ def test_two_queues_work_side_by_side(pair: Pair, ring_format: str) -> None:
     for number in range(40):
         pair.ask(first, b"first %d" % number)
         pair.ask(second, b"second %d" % number)
-        assert pair.driver.wait(timeout=1.0)
+        assert pair.driver.wait(timeout=60.0)
         assert pair.answers(first) == [(b"first %d" % number)[::-1]]
         assert pair.answers(second) == [(b"second %d" % number)[::-1]]
     assert first.ring_format == second.ring_format == ring_format
@@ -123,7 +123,7 @@ def test_nothing_is_served_or_rung_before_driver_ok(ring_features: Features) -> 
     pair.driver.driver_ok()
     assert pair.transport.doorbell(0).drain() == 2, "rung by the driver, which has a buffer there, and by the device for itself"
     assert pair.transport.doorbell(1).drain() == 1, "rung by the device alone"
-    assert pair.driver.wait(timeout=1.0, queues=[queue])
+    assert pair.driver.wait(timeout=60.0, queues=[queue])
     assert pair.answers(queue) == [b"ylrae"]
     pair.close()
 
@@ -146,7 +146,7 @@ def test_reset_hands_every_outstanding_buffer_back(pair: Pair, ring_features: Fe
     queue = pair.driver.setup_queue(0, size=4)
     pair.driver.driver_ok()
     pair.ask(queue, b"again")
-    assert pair.driver.wait(timeout=1.0) and pair.answers(queue) == [b"niaga"]
+    assert pair.driver.wait(timeout=60.0) and pair.answers(queue) == [b"niaga"]
 
 
 def test_device_22_a_broken_rule_sets_needs_reset_and_notifies(pair: Pair, ring_features: Features) -> None:
@@ -175,7 +175,7 @@ def test_device_22_a_broken_rule_sets_needs_reset_and_notifies(pair: Pair, ring_
     queue = pair.driver.setup_queue(0, size=8)
     pair.driver.driver_ok()
     pair.ask(queue, b"fine")
-    assert pair.driver.wait(timeout=1.0) and pair.answers(queue) == [b"enif"]
+    assert pair.driver.wait(timeout=60.0) and pair.answers(queue) == [b"enif"]
 
 
 def test_device_22_a_sleeping_driver_is_woken(pair: Pair) -> None:
@@ -238,7 +238,7 @@ def test_a_handlers_own_exception_comes_through_and_loses_nothing(pair: Pair) ->
     with pytest.raises(KeyError, match="a mistake in the handler"):
         pair.driver.wait(timeout=1.0, queues=[queue])
     pair.device.own = pair.device.echo
-    assert pair.driver.wait(timeout=1.0, queues=[queue])
+    assert pair.driver.wait(timeout=60.0, queues=[queue])
     assert pair.answers(queue) == [b"txet"]
 
 
@@ -419,10 +419,10 @@ def test_one_queue_is_reset_and_set_up_again_while_the_device_is_live(pair: Pair
     pair.transport.doorbell(2).drain()  # what rang before
     pair.ask(own, b"on")
     assert pair.transport.doorbell(2).drain() == 1
-    assert pair.driver.wait(timeout=1.0, queues=[own]) and pair.answers(own) == [b"no"]
+    assert pair.driver.wait(timeout=60.0, queues=[own]) and pair.answers(own) == [b"no"]
     for queue in (first, second, own):
         pair.ask(queue, b"on")
-        assert pair.driver.wait(timeout=1.0, queues=[queue]) and pair.answers(queue) == [b"no"]
+        assert pair.driver.wait(timeout=60.0, queues=[queue]) and pair.answers(queue) == [b"no"]
 
 
 def test_a_queue_is_not_reset_without_ring_reset() -> None:
@@ -559,4 +559,4 @@ def test_a_device_that_was_reset_behind_the_drivers_back_is_noticed(pair: Pair, 
     queue = pair.driver.setup_queue(0, size=8)
     pair.driver.driver_ok()
     pair.ask(queue, b"fine")
-    assert pair.driver.wait(timeout=1.0) and pair.answers(queue) == [b"enif"]
+    assert pair.driver.wait(timeout=60.0) and pair.answers(queue) == [b"enif"]

@@ -111,7 +111,7 @@ def test_a_reset_under_load_does_not_wait_for_the_load_to_end(ring_format: str, 
                 assert queue.counters and queue.broken is None
             queue.reset()
             until(lambda: pump.error is not None)
-            assert runner.failed.wait(20)
+            assert runner.failed.wait(60)
             assert not pump.running and isinstance(pump.error, StatusError)
     finally:
         ended.set()
@@ -123,7 +123,7 @@ def test_a_queue_that_closes_wakes_a_sleeping_pump(ring_format: str) -> None:
     with pytest.raises(StatusError, match="closed"), running(*one.pumps, *other.pumps) as runner:
         asleep(one.near_pump)
         one.driver.close()
-        assert runner.failed.wait(20)
+        assert runner.failed.wait(60)
         until(lambda: not one.near_pump.running)
         assert one.far_pump.running  # the others go on
         other.source.send(b"frame")
@@ -140,7 +140,7 @@ def test_a_broken_queue_ends_its_pump_alone(ring_format: str) -> None:
         source.lengths[:] = 100
         source.count = 1
         lane.driver.add_burst(source)
-        assert runner.failed.wait(20)
+        assert runner.failed.wait(60)
         until(lambda: lane.far_pump.error is not None)
         assert lane.far_pump.error is lane.device.broken
         other.source.send(b"frame")
@@ -162,7 +162,7 @@ def test_a_device_that_lies_ends_the_drivers_pump(ring_format: str) -> None:
             lane.guest.store(descriptor + 12, 2, 9)
             lane.guest.store(descriptor + 14, 2, 1 << 7 | 1 << 15)
         lane.source.send(b"frame")
-        assert runner.failed.wait(20)
+        assert runner.failed.wait(60)
         until(lambda: lane.near_pump.error is not None)
         assert lane.near_pump.error is lane.driver.broken
 
@@ -173,7 +173,7 @@ def test_a_tap_that_is_gone_ends_its_pump(ring_format: str, way: str) -> None:
     with pytest.raises(TransportError, match="TAP"), running(*lane.pumps) as runner:
         asleep(lane.near_pump)
         lane.source.near.shutdown(socket.SHUT_RDWR)
-        assert runner.failed.wait(20)
+        assert runner.failed.wait(60)
 
 
 def test_a_runner_stops_at_once_and_gives_its_pumps_back(ring_format: str) -> None:
@@ -263,7 +263,7 @@ def test_a_signal_handler_ends_a_runner_in_the_main_thread(ring_format: str, loa
                 signal.pthread_kill(to.ident, signal.SIGUSR1)
                 until(lambda count=count: len(runs) == count)  # type: ignore[misc]
         finally:
-            if not ended.wait(30):
+            if not ended.wait(60):
                 gave_up.set()
                 runner.stop()
 
@@ -309,5 +309,5 @@ def test_a_queue_has_one_pump_at_a_time(ring_format: str) -> None:
         PumpRunner([second]).run()
     assert not second.running
     lane.device.close()  # and the first one hears of it
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive() and isinstance(ended[0], StatusError)

@@ -12,7 +12,7 @@ from time import monotonic, sleep
 from typing import Any
 
 MARK = "VIRTIO_TEST_MARK"
-LIMIT = 90
+LIMIT = 180
 
 
 def command(*words: str) -> list[str]:
@@ -84,7 +84,7 @@ def nothing_left(folder: Path) -> Iterator[dict[str, str]]:
     temporary.mkdir(mode=0o1777)
     interfaces, namespaces = _interfaces(), _kept_namespaces()
     yield {MARK: mark, "TMPDIR": str(temporary)}
-    deadline = monotonic() + 20
+    deadline = monotonic() + 60
 
     def left() -> list[str]:
         return [*marked(mark), *((_interfaces() - interfaces) & {"vn0", "peer0"})]

@@ -285,7 +285,7 @@ def test_a_machine_that_breaks_a_rule_breaks_its_own_device_alone(path: Path, tm
             two.start()
             two.break_a_rule()
             assert "not all in mapped memory" in served.until("error")["text"]
-            assert far.errors[1].wait(30)
+            assert far.errors[1].wait(60)
             for number in range(40):
                 one.send(number)
             far.ask(F.RESET_DEVICE)
@@ -487,7 +487,7 @@ def test_as_a_client_it_connects_again_and_again(path: Path) -> None:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(path))
                 listener.listen()
-                listener.settimeout(30)
+                listener.settimeout(60)
                 connected, _ = listener.accept()
                 with Remote(connected) as frontend:
                     frontend.negotiate(SPLIT)

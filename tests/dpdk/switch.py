@@ -6,10 +6,11 @@ with Switch() as switch:
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,12 @@ def program(name: str) -> str:
     if found is None:
         pytest.fail(f"{name} is not installed: run scripts/dpdk.sh, or `make dpdk-tools`")
     return found
+
+
+def listens(path: Path) -> bool:
+    """Whether a connection to `path` is taken: a socket is there a little earlier."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 class Processes:
@@ -58,17 +65,17 @@ class Processes:
 
     def database(self, name: str, schema: Path) -> str:
         """A database's address, once its server listens."""
-        socket = self.folder / f"{name}.sock"
+        path = self.folder / f"{name}.sock"
         self.run(program("ovsdb-tool"), "create", f"{name}.db", str(schema))
-        self.start(program("ovsdb-server"), f"--remote=punix:{socket}", f"--unixctl={self.folder}/{name}.ctl", f"{name}.db")
-        self.wait_for(socket)
-        return f"unix:{socket}"
+        self.start(program("ovsdb-server"), f"--remote=punix:{path}", f"--unixctl={self.folder}/{name}.ctl", f"{name}.db")
+        self.wait_for(lambda: listens(path), f"{name} listens")
+        return f"unix:{path}"
 
-    def wait_for(self, path: Path) -> None:
-        """Until something is at `path`."""
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Until something is so, while all programs run."""
         end = time.monotonic() + LIMIT
-        while not path.exists():
-            assert time.monotonic() < end and all(each.poll() is None for each in self._running), self.outputs()
+        while not condition():
+            assert time.monotonic() < end and all(each.poll() is None for each in self._running), f"not so: {what}: {self.outputs()}"
             time.sleep(0.02)
 
     def outputs(self) -> str:
@@ -114,7 +121,7 @@ class Switch(Processes):
         kind = ["type=dpdkvhostuser"] if listens else ["type=dpdkvhostuserclient", f"options:vhost-server-path={path}"]
         self.control("add-port", BRIDGE, name, "--", "set", "Interface", name, *kind, *settings)
         if listens:
-            self.wait_for(path)
+            self.wait_for(path.exists, f"{path} exists")
         return str(path)
 
 

@@ -38,7 +38,7 @@ def wanted(ring: Features, *, mergeable: bool) -> Features:
 @pytest.mark.parametrize("ring", RINGS.values(), ids=RINGS)
 def test_frames_go_there_and_back(path: str, ring: Features, mergeable: bool) -> None:
     features = wanted(ring, mergeable=mergeable)
-    with Vhost(path), VhostUserTransport(path, DeviceId.NETWORK) as transport:
+    with Vhost(path), VhostUserTransport(path, DeviceId.NETWORK, timeout=LIMIT) as transport:
         with NetDriver(transport, wanted=features) as net:
             assert net.features & ALL == features & ALL
             assert not net.features & {NetFeature.MAC, NetFeature.STATUS, NetFeature.CTRL_VQ}
@@ -55,7 +55,7 @@ def test_frames_are_counted_at_the_far_end(path: str, ring: Features) -> None:
     count = 100_000 // 32 * 32
     with (
         Vhost(path, mode="rxonly") as pmd,
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=LIMIT) as transport,
         NetDriver(transport, wanted=wanted(ring, mergeable=True)) as net,
     ):
         traffic = Traffic(net)
@@ -72,7 +72,7 @@ def test_a_million_frames(path: str) -> None:
     features = wanted(RINGS["packed in order"], mergeable=True)
     with (
         Vhost(path),
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=LIMIT) as transport,
         NetDriver(transport, wanted=features) as net,
     ):
         Traffic(net).swap(1_000_000)
@@ -84,7 +84,7 @@ def test_it_is_killed_and_started_again(path: str, client: bool, ring: Features)
     """What testpmd holds when it is killed is lost with it; every buffer comes back, and what is sent after that arrives."""
     with (
         Vhost(path, client=client) as pmd,
-        VhostUserTransport(path, DeviceId.NETWORK, listen=client) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, listen=client, timeout=LIMIT, connect_timeout=LIMIT) as transport,
         NetDriver(transport, wanted=wanted(ring, mergeable=True)) as net,
     ):
         for number in range(3):

@@ -50,18 +50,29 @@ def generator(tmp_path: Path) -> tuple[Path, list[str]]:
 
 
 def test_a_random_generator_by_others(tmp_path: Path) -> None:
-    """A connection for each driver: that back-end never forgets how far a ring was used, whatever it is told."""
+    """A connection for each driver: that back-end never forgets how far a ring was used, whatever it is told.
+
+    It makes its socket anew for each, so that nobody may listen for a while.
+    """
     path, words = generator(tmp_path)
     with running(path, *words):
         for _ in range(2):
-            with VhostUserTransport(str(path), DeviceId.ENTROPY) as transport, RngDriver(transport) as rng:
+            with (
+                VhostUserTransport(str(path), DeviceId.ENTROPY, timeout=LIMIT, connect_timeout=LIMIT) as transport,
+                RngDriver(transport) as rng,
+            ):
                 assert {Feature.EVENT_IDX, Feature.INDIRECT_DESC} <= rng.features and Feature.RING_PACKED not in rng.features
                 pieces = [rng.read(64) for _ in range(500)]
                 assert len(set(pieces)) == 500 and {len(piece) for piece in pieces} == {64}
 
 
 def probe(target: str) -> dict[str, object]:
-    done = subprocess.run([sys.executable, "-m", "virtio", "probe", target, "--json"], capture_output=True, text=True, timeout=LIMIT)
+    """What the command tells, as soon as somebody listens: a socket is there a little earlier."""
+    words, end = [sys.executable, "-m", "virtio", "probe", target, "--json"], time.monotonic() + LIMIT
+    while True:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
+        if "Connection refused" not in done.stderr or time.monotonic() > end:
+            break
     assert done.returncode == 0, done.stderr
     report: dict[str, object] = json.loads(done.stdout)
     return report

@@ -11,7 +11,7 @@ import pytest
 from tests.dpdk.testpmd import Testpmd
 
 STARTS = 5
-START_LIMIT = 15.0
+START_LIMIT = 30.0
 """Seconds that one start may take."""
 
 

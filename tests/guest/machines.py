@@ -57,7 +57,7 @@ class Machine:
     def iperf3(self, seconds: int, *words: str) -> float:
         """Sends one TCP stream to the far end, or with -R receives one; Mbit/s that arrived."""
         status, lines = self.run(
-            f"iperf3 -c {FAR} -t {seconds} -f m --connect-timeout 20000 --forceflush {' '.join(words)}", limit=seconds + 60
+            f"iperf3 -c {FAR} -t {seconds} -f m --connect-timeout 60000 --forceflush {' '.join(words)}", limit=seconds + 60
         )
         arrived = [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) Mbits/sec.*receiver", line))]
         assert status == 0 and arrived, lines

@@ -41,7 +41,7 @@ def until(condition: Callable[[], bool], what: Callable[[], Any], seconds: float
 def say(far: Far, data: bytes) -> None:
     """Sends `data` to the guest; all of it has arrived when this returns."""
     with far.namespace.entered():
-        wire = socket.create_connection((NEAR, PORT), timeout=30)
+        wire = socket.create_connection((NEAR, PORT), timeout=60)
     with wire:
         wire.sendall(data)
         wire.shutdown(socket.SHUT_WR)

@@ -42,7 +42,7 @@ def test_a_stream_goes_on_through_servers_that_are_killed(kernel: Kernel, tmp_pa
         machine.ping()
         stack.enter_context(listening(namespace))
         for way, moved in (("", "received_bytes"), ("-R", "sent_bytes")):
-            machine.read(f"(iperf3 -c {FAR} -t 12 -f m --connect-timeout 20000 {way} >/tmp/stream 2>&1; echo $? >/tmp/status) & sleep 1")
+            machine.read(f"(iperf3 -c {FAR} -t 12 -f m --connect-timeout 60000 {way} >/tmp/stream 2>&1; echo $? >/tmp/status) & sleep 1")
             for _ in range(3):
                 server.until("counters", **{moved: MIB})
                 server.process.kill()

@@ -61,10 +61,10 @@ def test_four_threads_on_one_port_lose_and_double_nothing(ring_format: str, by_b
         for thread in threads:
             thread.start()
         for _ in range(THREADS * EACH):
-            assert left.acquire(timeout=30), errors
+            assert left.acquire(timeout=60), errors
         over.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
         assert not errors
         whole = sum(found, Counter())

@@ -21,7 +21,7 @@ from virtio.transport.pci import PciTransport
 
 OFFLOADS = GUEST_OFFLOADS | HOST_OFFLOADS | CHECKSUMS
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which a socket that hears nothing has failed."""
 DATA = os.urandom(1 << 16) * 8
 
@@ -61,8 +61,8 @@ class Cable:
     def ping(self, count: int = 3) -> str:
         """From vn0 to peer0; what ping says."""
         with self.near.entered():
-            command = ["ping", "-n", "-c", str(count), "-i", "0.02", "-W", "5", FAR]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+            command = ["ping", "-n", "-c", str(count), "-i", "0.02", "-W", "30", FAR]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
         assert done.returncode == 0 and f"{count} received" in done.stdout, done.stdout
         return done.stdout
 

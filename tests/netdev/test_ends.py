@@ -34,9 +34,9 @@ def interfaces(namespace: Namespace) -> set[str]:
 
 def eventually(what: Callable[[], bool]) -> None:
     """What happens in another thread, or in the kernel's own time."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not what():
-        assert time.monotonic() < deadline, "ten seconds have passed"
+        assert time.monotonic() < deadline, "sixty seconds have passed"
         time.sleep(0.002)
 
 
@@ -124,7 +124,7 @@ def test_restart_after_a_reset_under_load(ring_format: str) -> None:
                 eventually(lambda before=before: moved(cable) > before + 100)  # type: ignore[misc]
                 cable.driver.restart()
                 with pytest.raises(StatusError):
-                    pair.wait(10)
+                    pair.wait(60)
                 assert not pair.running and isinstance(pair.error, StatusError)
                 pair.start()
                 eventually(lambda: moved(cable) > 100)
@@ -137,7 +137,7 @@ def test_a_device_that_needs_a_reset(ring_format: str) -> None:
         cable.vn0.start()
         cable.device.need_reset()
         with pytest.raises(DeviceNeedsReset):
-            cable.vn0.wait(10)
+            cable.vn0.wait(60)
         assert not cable.vn0.running and not cable.vn0.carrier
         with pytest.raises(StatusError, match="restart it first"):
             cable.vn0.start()
@@ -157,7 +157,7 @@ def test_a_driver_that_breaks_a_rule_makes_the_device_need_a_reset() -> None:
         assert doorbell is not None
         doorbell.signal()
         with pytest.raises((SpecViolation, DeviceNeedsReset)):
-            pair.wait(10)
+            pair.wait(60)
         pair.stop()
         with pytest.raises(DeviceNeedsReset):
             cable.driver.check()
@@ -172,7 +172,7 @@ def test_an_interface_that_somebody_deletes() -> None:
         with cable.near.entered():
             subprocess.run(["ip", "link", "delete", "vn0"], check=True)
         with pytest.raises(TransportError, match="the TAP is gone"):
-            pair.wait(10)
+            pair.wait(60)
         with pytest.raises(TapError, match=r"^interface vn0 is gone"):
             pair.start()
 
@@ -250,7 +250,7 @@ except TapError as error:
 def test_in_a_user_namespace(mode: str, said: str) -> None:
     inner = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c", PROGRAM, str(ROOT)]
     command = ["unshare", "--mount", "sh", "-c", CLOSED.format(mode=mode) + '"$@"', "sh", *inner]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.stdout.strip(), done.stderr) == (said, "")
 
 
@@ -267,10 +267,10 @@ def test_an_interface_is_not_stopped_from_its_own_thread_and_nobody_waits_for_ev
 
         cable.driver.on_link = stops
         cable.device.link = False
-        assert seen.wait(30)
+        assert seen.wait(60)
         stopping = threading.Thread(target=pair.stop, daemon=True)
         stopping.start()
-        stopping.join(30)
+        stopping.join(60)
         assert not stopping.is_alive()
         assert isinstance(pair.error, StatusError) and "own thread" in str(pair.error)
         cable.driver.on_link = before

@@ -146,7 +146,7 @@ def test_a_hostile_driver_breaks_the_queue_once_and_the_interface_waits_for_a_re
     guest = Guest(frontend, ring_features)
     guest.start()
     guest.break_a_rule()
-    assert frontend.errors[1].wait(30)
+    assert frontend.errors[1].wait(60)
     status = frontend.ask(F.GET_STATUS)
     assert status is not None and status.payload.value & NEEDS_RESET
     eventually(lambda: not tap.running)
@@ -184,7 +184,7 @@ def test_an_interface_that_is_deleted_ends_with_or_without_a_driver(
     with namespace.entered():
         subprocess.run(["ip", "link", "delete", "tap0"], check=True)
     with pytest.raises(TransportError, match="the TAP is gone"):
-        tap.wait(30)
+        tap.wait(60)
     assert not tap.running
 
 
@@ -223,7 +223,7 @@ def test_in_this_process_it_follows_a_driver_that_restarts(namespace: Namespace,
                 wire.ready().send(number)
                 found: list[bytes] = []
                 while not found:
-                    assert driver.wait(30)
+                    assert driver.wait(60)
                     found = driver.receive_frames()
                 assert [number_of(each) for each in found] == [number]
                 driver.restart()

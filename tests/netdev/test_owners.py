@@ -102,7 +102,7 @@ def test_an_interface_that_has_failed_or_could_not_start_keeps_nobody_from_its_p
         cable.peer0.start()
         cable.driver.restart()
         with pytest.raises(StatusError, match="closed"):
-            cable.peer0.wait(30)
+            cable.peer0.wait(60)
         with pytest.raises(StatusError, match=r"peer0 is started"):
             second.start()
         cable.peer0.close()

@@ -72,7 +72,7 @@ def test_no_such_namespace(namespace: Namespace) -> None:
 def test_who_may_not_is_told_what_would_help(what: str) -> None:
     program = f"from virtio.netdev import Namespace, open_tap; {what}"
     command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "unshare -Urn" in done.stderr.splitlines()[-1], done.stderr
 
 

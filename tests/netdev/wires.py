@@ -11,7 +11,7 @@ from virtio.netdev import Namespace
 
 KIND = 0x88B5
 """An Ethernet type for experiments: the kernel has no answer to it."""
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 class Wire:

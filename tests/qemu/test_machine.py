@@ -169,7 +169,7 @@ def test_masked_vectors_are_signalled_when_unmasked(machines: Machines) -> None:
         with pytest.raises(TimeoutError):
             rng_only_by_interrupt(rng)
         function.mask_vector(1, False)
-        assert rng.transport.interrupt(0).wait(5.0), "what was pending comes"
+        assert rng.transport.interrupt(0).wait(60.0), "what was pending comes"
 
 
 def rng_only_by_interrupt(rng: RngDriver) -> None:
@@ -206,7 +206,7 @@ def test_qemu_killed_in_the_middle_wakes_who_waits(machines: Machines, interrupt
     thread.start()
     asleep.wait()
     os.kill(machine.pid, signal.SIGKILL)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive() and len(seen) == 1
     assert "signal 9" in str(seen[0])
     for call in (
@@ -245,7 +245,7 @@ def test_a_line_that_is_none_of_qtests_is_named_and_wakes_who_waits(machines: Ma
         machine._qtest._lines._rest += f"{line}\n".encode()
         with pytest.raises(TransportError, match="no line of that protocol: 'IRQ"):
             _ = transport.status
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive() and "no line of that protocol" in str(seen[0])
         with pytest.raises(TransportError, match="no line of that protocol"):
             driver.close()
@@ -270,10 +270,10 @@ def test_a_helper_that_fails_wakes_who_waits_and_tells_why(machines: Machines, m
 
         monkeypatch.setattr(machine._helper, "_step", fail)
         machine._helper._wake.signal()
-        assert transport.interrupt(0).wait(20), "whoever waits is woken"
-        machine._helper.join(20)
+        assert transport.interrupt(0).wait(60), "whoever waits is woken"
+        machine._helper.join(60)
         with pytest.raises(TransportError, match="Too many open files"):
-            driver.wait(20)
+            driver.wait(60)
         with pytest.raises(TransportError, match="Too many open files"):
             driver.close()
         driver.close()
@@ -293,7 +293,7 @@ def test_a_handler_that_fails_is_told_and_wakes_who_waits(machines: Machines, mo
 
         transport._interrupts._read_isr = fail
         machine.qmp("set_link", name="card", up=False)
-        assert transport.interrupt(0).wait(20) and transport.config_interrupt.wait(20)
+        assert transport.interrupt(0).wait(60) and transport.config_interrupt.wait(60)
         driver.check()  # others are served as before
     assert [str(each.exc_value) for each in died] == ["a mistake"]
 
@@ -377,7 +377,7 @@ def test_no_interrupt_handler_runs_after_it_was_disabled(machines: Machines) -> 
         driver.negotiate(wanted={16})  # STATUS
         driver.driver_ok()
         machine.qmp("set_link", name="card", up=False)
-        assert transport.config_interrupt.wait(10.0)
+        assert transport.config_interrupt.wait(60)
         transport.function.disable_interrupts()
         transport.config_interrupt.drain()
         machine.qmp("set_link", name="card", up=True)
@@ -394,7 +394,7 @@ def ended(pid: int) -> bool:
     try:
         watch = select.poll()
         watch.register(process, select.POLLIN)
-        return bool(watch.poll(20_000))
+        return bool(watch.poll(60_000))
     finally:
         os.close(process)
 
@@ -409,7 +409,7 @@ def test_qemu_ends_when_its_user_is_killed(binary: str, how: signal.Signals) -> 
         assert user.stdout is not None
         pid = int(user.stdout.readline())
         user.send_signal(how)
-        user.wait(20)
+        user.wait(60)
     assert ended(pid)
 
 
@@ -423,7 +423,7 @@ def test_qemu_ends_with_its_user_where_setpriv_is_missing(binary: str, tmp_path:
         assert user.stdout is not None
         pid = int(user.stdout.readline())
         user.send_signal(signal.SIGKILL)
-        user.wait(20)
+        user.wait(60)
     assert ended(pid)
 
 
@@ -431,6 +431,6 @@ def test_a_program_that_forgets_to_close_ends_nevertheless(binary: str) -> None:
     program = (
         f"from virtio.pci.qtest import QemuMachine\nmachine = QemuMachine(['virtio-rng-pci'], binary={binary!r})\nprint(machine.pid)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert not done.stderr
     assert ended(int(done.stdout))

@@ -61,11 +61,11 @@ class Card(Driver):
         self.memory.write(place, bytes(HEADER) + data)
         self.queues[TRANSMIT].add(None, readable=[(self.address + place, HEADER + len(data))])
         self.queues[TRANSMIT].publish()
-        assert self.wait_used(self.queues[TRANSMIT], 10.0)
+        assert self.wait_used(self.queues[TRANSMIT], 60.0)
 
     def receive(self) -> bytes:
         queue = self.queues[RECEIVE]
-        ((place, length), *others) = self.wait_used(queue, 10.0)
+        ((place, length), *others) = self.wait_used(queue, 60.0)
         assert not others
         data = self.memory.read(place, length)
         assert data[:10] == bytes(10)
@@ -75,7 +75,7 @@ class Card(Driver):
 
 
 def both_ways(driver: Card, wire: socket, count: int = 20) -> None:
-    wire.settimeout(10.0)
+    wire.settimeout(60.0)
     for number in range(count):
         length = 60 + 67 * number
         driver.send(frame(number, length))
@@ -121,7 +121,7 @@ def test_link_changes_are_notified_with_a_new_generation(machines: Machines, int
         generations = [driver.transport.config_generation]
         for up in (False, True, False):
             machine.qmp("set_link", name="card", up=up)
-            assert driver.transport.config_interrupt.wait(10.0)
+            assert driver.transport.config_interrupt.wait(60.0)
             driver.transport.config_interrupt.drain()
             assert unpack("<H", driver.read_config(6, 2)) == (int(up),)
             generations.append(driver.transport.config_generation)
@@ -164,7 +164,7 @@ def test_a_device_that_needs_a_reset_works_after_it(machines: Machines, ring_fea
         notify = transport.layout.notify
         transport.function.doorbell(notify.bar, notify.offset + TRANSMIT * notify.multiplier, 2, TRANSMIT).signal()
         with pytest.raises(DeviceNeedsReset):
-            while driver.wait(10.0):
+            while driver.wait(60.0):
                 continue
         assert len(driver.reset()[RECEIVE]) == 16
         driver.negotiate(wanted=ring_features | {MAC})

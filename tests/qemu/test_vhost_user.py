@@ -66,7 +66,7 @@ def exchange(driver: NetDriver, count: int) -> None:
     sent, received = 0, list[bytes]()
     while len(received) < count:
         sent += driver.send_frames(frames[sent : sent + 32])
-        assert driver.wait(10.0)
+        assert driver.wait(60.0)
         received += driver.receive_frames(64)
     assert received == frames
 
@@ -183,7 +183,7 @@ def test_an_interface_goes_with_qemus_card(guest: Callable[[], QemuMachine], tmp
                         assert wire.receive(50) == list(range(50))
                         found: list[int] = []
                         while len(found) < 50:
-                            assert driver.wait(30.0)
+                            assert driver.wait(60.0)
                             found += [number_of(data) for data in driver.receive_frames() if data[12:14] == frame(0)[12:14]]
                         assert found == list(range(50))
                         if life < 2:

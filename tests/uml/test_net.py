@@ -62,7 +62,7 @@ def answer() -> type[NetDevice]:
     return found
 
 
-def run(backend: Backend, linux: Linux, until: Callable[[], bool] = lambda: False, seconds: float = 60.0) -> None:
+def run(backend: Backend, linux: Linux, until: Callable[[], bool] = lambda: False, seconds: float = 120.0) -> None:
     """Serves until Linux ends."""
     limit = time.monotonic() + seconds
     while not linux.ended and not until():

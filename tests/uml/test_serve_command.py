@@ -55,7 +55,7 @@ def test_an_interface_is_the_far_end_of_the_recipe(folder: Path, namespace: Name
         ping(guest, FAR)
         with listening(namespace):
             for words in ("", "-R"):
-                status, lines = guest.run(f"iperf3 -c {FAR} -t 1 --connect-timeout 20000 {words}")
+                status, lines = guest.run(f"iperf3 -c {FAR} -t 1 --connect-timeout 60000 {words}")
                 assert status == 0 and any("receiver" in line for line in lines), lines
         found = served.until("counters", received_bytes=1 << 20, sent_bytes=1 << 20)["devices"][0]
         assert found["received_bytes"] / found["received_frames"] > 2000  # segmentation offloads are on
@@ -80,7 +80,7 @@ def test_two_machines_are_each_others_far_end(folder: Path, words: tuple[str, ..
         ping(far, NEAR)
         far.read("iperf3 -s -D -1 --logfile /tmp/log")
         far.read("until grep -qs ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done")  # it listens
-        status, lines = near.run(f"iperf3 -c {FAR} -t 2 --connect-timeout 20000")
+        status, lines = near.run(f"iperf3 -c {FAR} -t 2 --connect-timeout 60000")
         assert status == 0 and any("receiver" in line for line in lines), lines
         served.until("counters", received_bytes=1 << 20)
         served.end()

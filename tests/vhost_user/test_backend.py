@@ -220,7 +220,7 @@ def test_configuration_and_its_changes(path: str) -> None:
                 frontend.start(frontend.queue(index))
             device.link = False
             frontend.turn()
-            ours.settimeout(10)
+            ours.settimeout(60)
             [message] = wire.Decoder().feed(ours.recv(100))
             assert message.request == wire.BackendRequest.CONFIG_CHANGE_MSG
 
@@ -262,7 +262,7 @@ def test_frames_that_somebody_holds_are_completed_when_the_ring_stops(path: str,
         queues[1].publish()
         frontend.turn()
         burst = device.pool.burst(8)
-        assert device.wait(10)
+        assert device.wait(60)
         assert device.receive(burst) == 3
         base = frontend.stop(1)
         assert queues[1].pop_used() == [(0, 0), (1, 0), (2, 0)]
@@ -337,7 +337,7 @@ def test_stop_ends_serve_from_another_thread(backend: Backend) -> None:
     thread = threading.Thread(target=backend.serve)
     thread.start()
     backend.stop()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

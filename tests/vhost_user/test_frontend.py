@@ -70,7 +70,7 @@ def frames(count: int, first: int = 0) -> list[bytes]:
 def test_a_generator_answers_in_both_formats(path: str, ring_features: Features, ring_format: str, protocol: Features) -> None:
     with (
         Serving(path, "rng"),
-        VhostUserTransport(path, DeviceId.ENTROPY, protocol_features=protocol) as transport,
+        VhostUserTransport(path, DeviceId.ENTROPY, timeout=PATIENCE, protocol_features=protocol) as transport,
         RngDriver(transport, wanted=ring_features) as rng,
     ):
         assert rng.requestq.ring_format == ring_format
@@ -81,7 +81,7 @@ def test_a_generator_answers_in_both_formats(path: str, ring_features: Features,
 @pytest.mark.parametrize("extra", [NOTHING, {Feature.EVENT_IDX, Feature.INDIRECT_DESC, NetFeature.MRG_RXBUF}, {Feature.IN_ORDER}])
 def test_frames_go_there_and_back(path: str, ring_features: Features, extra: set[int]) -> None:
     offered = sorted(ring_features | extra | {NetFeature.MAC})
-    with Serving(path, offered=offered), VhostUserTransport(path, DeviceId.NETWORK) as transport:
+    with Serving(path, offered=offered), VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport:
         with NetDriver(transport, wanted=ring_features | extra | {NetFeature.MAC}) as net:
             assert net.features == set(offered)
             exchange(net, frames(2000))
@@ -96,8 +96,8 @@ def test_several_memories_and_a_shared_pool(path: str, tmp_path: Path) -> None:
     with (
         Serving(path),
         Serving(other),
-        VhostUserTransport(path, DeviceId.NETWORK) as a,
-        VhostUserTransport(other, DeviceId.NETWORK) as b,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as a,
+        VhostUserTransport(other, DeviceId.NETWORK, timeout=PATIENCE) as b,
         NetDriver(a) as net,
         NetDriver(b, pool=net.pool) as far,
     ):
@@ -116,7 +116,11 @@ def test_several_memories_and_a_shared_pool(path: str, tmp_path: Path) -> None:
 
 
 def test_more_memories_than_a_table_has(path: str) -> None:
-    with Serving(path, protocol=sorted(NOTHING)), VhostUserTransport(path, DeviceId.NETWORK) as transport, NetDriver(transport) as net:
+    with (
+        Serving(path, protocol=sorted(NOTHING)),
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
+        NetDriver(transport) as net,
+    ):
         for _ in range(7):
             transport.attach(Memory(4096))
         with pytest.raises(TransportError, match="takes 8 memories"):
@@ -125,7 +129,7 @@ def test_more_memories_than_a_table_has(path: str) -> None:
 
 
 def test_configuration_is_read_and_its_changes_are_noticed(path: str) -> None:
-    with Serving(path, mtu=1400, mac="020304050607") as backend, VhostUserTransport(path, DeviceId.NETWORK) as transport:
+    with Serving(path, mtu=1400, mac="020304050607") as backend, VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport:
         assert transport.has_config
         with NetDriver(transport) as net:
             assert (net.mac.hex(), net.mtu, net.link) == ("020304050607", 1400, True)
@@ -143,7 +147,7 @@ def test_configuration_is_read_and_its_changes_are_noticed(path: str) -> None:
 
 def test_what_cannot_be_read_is_not_accepted(path: str) -> None:
     protocol = PROTOCOL - {ProtocolFeature.CONFIG}
-    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, protocol_features=protocol) as transport:
+    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE, protocol_features=protocol) as transport:
         assert not transport.has_config
         assert transport.offered() >= {NetFeature.MAC, NetFeature.STATUS}
         with NetDriver(transport) as net:
@@ -155,7 +159,10 @@ def test_what_cannot_be_read_is_not_accepted(path: str) -> None:
 
 
 def test_bits_that_are_masked(path: str) -> None:
-    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, masked={Feature.RING_PACKED, NetFeature.MAC}) as transport:
+    with (
+        Serving(path),
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE, masked={Feature.RING_PACKED, NetFeature.MAC}) as transport,
+    ):
         assert not transport.offered() & {Feature.RING_PACKED, NetFeature.MAC, Feature.ACCESS_PLATFORM, 30, *range(64, 128)}
         assert Feature.RING_PACKED in transport.frontend.offered
         with NetDriver(transport) as net:
@@ -165,7 +172,7 @@ def test_bits_that_are_masked(path: str) -> None:
 def test_a_queue_is_reset_alone(path: str, ring_features: Features) -> None:
     with (
         Serving(path),
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
         NetDriver(transport, wanted=ring_features | {Feature.RING_RESET}) as net,
     ):
         for _ in range(3):
@@ -179,7 +186,7 @@ def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str,
     wanted = ring_features | {Feature.RING_RESET, NetFeature.MAC}
     with (
         Serving(path) as backend,
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
         NetDriver(transport, queue_size=64, wanted=wanted) as net,
     ):
         exchange(net, frames(30))
@@ -202,7 +209,7 @@ def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str,
 
 
 def test_queues_that_there_are(path: str) -> None:
-    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, queue_size=512) as transport:
+    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE, queue_size=512) as transport:
         assert transport.num_queues == 2
         assert [transport.queue_max(index) for index in (-1, 0, 1, 2)] == [0, 512, 512, 0]
         with pytest.raises(ValueError, match="no queue 2"):
@@ -215,7 +222,7 @@ def test_queues_that_there_are(path: str) -> None:
 
 
 def test_a_size_that_the_back_end_does_not_take_is_its_refusal(path: str) -> None:
-    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, queue_size=32768) as transport:
+    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE, queue_size=32768) as transport:
         with pytest.raises(TransportError, match="refuses SET_VRING_NUM"):
             NetDriver(transport, queue_size=16384)
         with NetDriver(transport) as net:
@@ -231,10 +238,13 @@ def test_a_back_end_comes_back_and_the_driver_goes_on(path: str, ring_features: 
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            with Serving(path, connect=True) as backend, VhostUserTransport(os.dup(listener.fileno()), DeviceId.NETWORK) as transport:
+            with (
+                Serving(path, connect=True) as backend,
+                VhostUserTransport(os.dup(listener.fileno()), DeviceId.NETWORK, timeout=PATIENCE) as transport,
+            ):
                 _lose_and_go_on(backend, transport, ring_features)
     else:
-        with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK) as transport:
+        with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport:
             _lose_and_go_on(backend, transport, ring_features)
 
 
@@ -256,7 +266,7 @@ def _lose_and_go_on(backend: Serving, transport: VhostUserTransport, ring_featur
 
 
 def test_a_back_end_without_what_was_negotiated_needs_a_reset(path: str) -> None:
-    with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK) as transport, NetDriver(transport) as net:
+    with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport, NetDriver(transport) as net:
         exchange(net, frames(10))
         assert Feature.RING_PACKED in net.features
         backend.kill()
@@ -272,7 +282,7 @@ def test_a_back_end_without_what_was_negotiated_needs_a_reset(path: str) -> None
 def test_a_reset_is_enough_for_a_back_end_that_came_while_one_was_needed(path: str, ring_features: Features) -> None:
     with (
         Serving(path) as backend,
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
         NetDriver(transport, wanted=ring_features | {NetFeature.MAC}) as net,
     ):
         exchange(net, frames(10))
@@ -301,7 +311,7 @@ def test_a_back_end_that_hangs_up_once_it_has_the_rings_is_not_called_at_once(pa
         thread = threading.Thread(target=hang_up)
         thread.start()
         try:
-            with VhostUserTransport(path, DeviceId.NETWORK) as transport, NetDriver(transport):
+            with VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport, NetDriver(transport):
                 driven.set()  # a driver that is being made may be told of the loss
                 until(lambda: transport._retry == LONGEST_RETRY)
         finally:
@@ -311,7 +321,7 @@ def test_a_back_end_that_hangs_up_once_it_has_the_rings_is_not_called_at_once(pa
 
 
 def test_without_reconnection_the_device_is_gone(path: str) -> None:
-    with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK, reconnect=False) as transport:
+    with Serving(path) as backend, VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE, reconnect=False) as transport:
         net = NetDriver(transport)
         exchange(net, frames(10))
         backend.kill()
@@ -345,7 +355,7 @@ def test_calls_wait_for_a_back_end_that_went_away_but_not_for_ever(path: str) ->
 def test_a_generator_answers_across_kills(path: str, ring_features: Features) -> None:
     with (
         Serving(path, "rng") as backend,
-        VhostUserTransport(path, DeviceId.ENTROPY) as transport,
+        VhostUserTransport(path, DeviceId.ENTROPY, timeout=PATIENCE) as transport,
         RngDriver(transport, wanted=ring_features) as rng,
     ):
         for _ in range(5):
@@ -393,7 +403,7 @@ def test_a_first_back_end_is_waited_for_on_request(path: str) -> None:
 
 def test_a_closed_transport_says_so(path: str) -> None:
     with Serving(path):
-        transport = VhostUserTransport(path, DeviceId.NETWORK)
+        transport = VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE)
         driver = Driver(transport)
         transport.close()
         transport.close()
@@ -405,7 +415,7 @@ def test_a_closed_transport_says_so(path: str) -> None:
 
 
 def test_features_that_the_back_end_refuses_do_not_stick(path: str) -> None:
-    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK) as transport, Driver(transport) as driver:
+    with Serving(path), VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport, Driver(transport) as driver:
         driver.acknowledge()
         transport.accept(Features({Feature.VERSION_1, NetFeature.GUEST_TSO4}))  # without GUEST_CSUM
         transport.status = transport.status | 8
@@ -418,7 +428,7 @@ def test_features_that_the_back_end_refuses_do_not_stick(path: str) -> None:
 def test_queue_pairs_are_in_use_again_when_the_back_end_is_back(path: str, ring_features: Features) -> None:
     with (
         Serving(path, queue_pairs=2) as backend,
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
         NetDriver(transport, queue_pairs=2, wanted=ring_features | {NetFeature.MAC}) as net,
     ):
         assert transport.num_queues == 5

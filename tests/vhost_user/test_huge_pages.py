@@ -96,7 +96,7 @@ def test_our_drivers_memory_lies_on_huge_pages(path: str, ring_features: Feature
     with (
         Memory(PAGE, huge_page_size=PAGE) as memory,
         Serving(path, "rng"),
-        VhostUserTransport(path, DeviceId.ENTROPY) as transport,
+        VhostUserTransport(path, DeviceId.ENTROPY, timeout=PATIENCE) as transport,
         RngDriver(transport, memory=memory, wanted=ring_features) as rng,
     ):
         assert b"".join(rng.read(100) for _ in range(30)) == bytes(number % 251 for number in range(3000))
@@ -107,7 +107,7 @@ def test_our_network_drivers_memory_lies_on_huge_pages(path: str, ring_features:
     with (
         Memory(PAGE, huge_page_size=PAGE) as memory,
         Serving(path, "net", offered=offered) as serving,
-        VhostUserTransport(path, DeviceId.NETWORK) as transport,
+        VhostUserTransport(path, DeviceId.NETWORK, timeout=PATIENCE) as transport,
         NetDriver(transport, memory=memory, slots=256, wanted=ring_features, queue_size=64) as net,
     ):
         for life in range(2):  # the second with a back-end that has taken over
