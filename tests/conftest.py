@@ -1,5 +1,7 @@
 """What all tests share: the two ring formats, and how hypothesis runs."""
 
+import gc
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -10,6 +12,12 @@ from virtio.spec import Feature
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """All that is there before the first test stays: who looks for garbage after a test need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["split", "packed"])

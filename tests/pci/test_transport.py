@@ -1,13 +1,13 @@
 """A driver over virtio-pci to our own devices: interrupts of every kind, queue reset, configuration, giving everything back."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from threading import Event, Thread, active_count
+from threading import Event, Thread
 from typing import Literal
 
 import pytest
 
+from tests.leftovers import all_closed
 from tests.pci.devices import CONFIG, Numbers, NumbersDriver
 from virtio import DeviceNeedsReset, EventFd, Features, Memory, StatusError, TransportError
 from virtio.device import RING_FEATURES, Device
@@ -23,10 +23,8 @@ Interrupts = Literal["auto", "msix", "intx"]
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    threads, descriptors = active_count(), len(os.listdir("/proc/self/fd"))
-    yield
-    assert active_count() == threads, "a thread is left"
-    assert len(os.listdir("/proc/self/fd")) == descriptors, "descriptors are left"
+    with all_closed():
+        yield
 
 
 @pytest.fixture(params=[("auto", None), ("msix", 4), ("msix", 3), ("msix", 2), ("msix", 1), ("auto", 0), ("intx", None)], ids=str)
