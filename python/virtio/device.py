@@ -162,6 +162,7 @@ class Device:
         """What `spin` serves; None: to be found again."""
         self._queues_reset: set[int] = set()
         self._config_interrupt: EventFd | None = None
+        self._serving_changed: EventFd | None = None
         self._config_generation = 0
         self._queues_move = False
         self._assumed = Features()
@@ -183,10 +184,20 @@ class Device:
         return getattr(self, f"on_{self.queues[index]}", None)  # type: ignore[return-value]  # which the constructor refuses
 
     def serves(self, index: int) -> bool:
-        """Whether `poll` is what serves queue `index`. False: somebody does by hand, and waits on its doorbell."""
+        """Whether `poll` is what serves queue `index`. False: somebody does by hand, and waits on its doorbell.
+
+        Call `serving_changed` when the answer is another one for a queue that may be enabled.
+        """
         return True
 
     # What a device type calls.
+
+    @locked
+    def serving_changed(self) -> None:
+        """What `serves` says is another: `spin` looks again, and so does the transport that waits on doorbells."""
+        self._turns = None
+        if self._serving_changed is not None:
+            self._serving_changed.signal()
 
     @locked
     def change_config(self, config: bytes | bytearray | memoryview) -> None:
@@ -247,13 +258,19 @@ class Device:
         """Whether it is on a transport that hears of changes of its configuration."""
         return self._config_interrupt is not None
 
-    def connect(self, config_interrupt: EventFd | None) -> None:
-        """Gives the device what it signals for configuration-change notifications. StatusError: it has one, so it is on a transport."""
+    @locked
+    def connect(self, config_interrupt: EventFd | None, *, serving_changed: EventFd | None = None) -> None:
+        """Gives the device what it signals for configuration-change notifications, and when `serves` may say something else.
+
+        StatusError: it has one, so it is on a transport.
+        """
         if config_interrupt is not None:
             arguments.instance("config_interrupt", config_interrupt, EventFd, "an EventFd")
+        if serving_changed is not None:
+            arguments.instance("serving_changed", serving_changed, EventFd, "an EventFd")
         if config_interrupt is not None and self._config_interrupt is not None:
             raise StatusError("the device is on a transport already")
-        self._config_interrupt = config_interrupt
+        self._config_interrupt, self._serving_changed = config_interrupt, serving_changed
 
     @locked
     def accept(self, features: Features) -> None:

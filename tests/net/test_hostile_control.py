@@ -1,7 +1,7 @@
 """A hostile driver at the control queue and at several pairs of our device: every descriptor, index and status bit by hand."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 
@@ -269,15 +269,15 @@ def test_a_broken_pair_ends_them_all_once(ring_format: str, bad: int) -> None:
 
 def test_commands_to_and_fro_move_what_serves_the_pairs_once_a_poll(ring_format: str) -> None:
     driver = Driver(ring_format, *BOTH)
-    told: list[bool] = []
+    told: list[Collection[int]] = []
 
     def refill() -> None:
         driver.used(CONTROL)
         for pairs in (2, 1, 2, 1, 2) if driver.device.active_pairs == 1 else (1, 2, 1, 2, 1):
             driver.add(CONTROL, [(*driver.place(bytes([MQ, 0, pairs, 0])), False), (*driver.place(bytes([UNTOUCHED])), True)])
 
-    def tell(live: bool) -> None:
-        told.append(live)
+    def tell(pairs: Collection[int]) -> None:
+        told.append(pairs)
         refill()
 
     driver.device.watch_port(tell)  # which is told at once

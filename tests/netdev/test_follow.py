@@ -14,7 +14,8 @@ import pytest
 from tests.netdev.wires import Wire, carrier, frame, number_of
 from tests.vhost_user.frontend import GUEST, PROTOCOL, SIZE, USER, Frontend, descriptors
 from tests.vhost_user.guest import Guest, eventually
-from virtio import NetDevice, NetDriver, SpecViolation, StatusError, TransportError
+from virtio import Feature, NetDevice, NetDriver, NetFeature, SpecViolation, StatusError, TransportError
+from virtio.devices.net import WANTED
 from virtio.features import Features
 from virtio.netdev import Namespace, Netdev
 from virtio.transport.loopback import LoopbackTransport
@@ -45,8 +46,8 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def device() -> NetDevice:
-    return NetDevice()
+def device(request: pytest.FixtureRequest) -> NetDevice:
+    return NetDevice(**getattr(request, "param", {}))
 
 
 @pytest.fixture
@@ -127,6 +128,63 @@ def test_a_front_end_vanishes_and_another_comes(
         assert not backend.connections and not tap.running
         eventually(lambda: not carrier(namespace, "tap0"))
         assert not tap.wait(0)
+    assert not errors
+
+
+PAIRS = 6
+
+
+def pumps() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "virtio-pump"}
+
+
+@pytest.mark.parametrize("device", [pytest.param({"queue_pairs": PAIRS}, id="")], indirect=True)
+def test_pumps_of_other_pairs_go_on_while_pairs_come_and_go(
+    frontend: Frontend, tap: Netdev, ring_features: Features, errors: list[Exception]
+) -> None:
+    frontend.negotiate(ring_features | {NetFeature.MQ})
+    queues = [frontend.queue(index) for index in range(2 * PAIRS)]
+    before = set[threading.Thread]()
+    for pair in range(PAIRS):
+        for queue in queues[2 * pair : 2 * pair + 2]:
+            frontend.start(queue)
+        assert before < pumps() and len(pumps()) == 2 * pair + 2
+        before = pumps()
+    for pair in (2, 0, 5):
+        stay = pumps()
+        bases = [frontend.stop(index) for index in (2 * pair, 2 * pair + 1)]
+        assert pumps() < stay and len(pumps()) == 2 * PAIRS - 2
+        stay = pumps()
+        for queue, base in zip(queues[2 * pair : 2 * pair + 2], bases, strict=True):
+            frontend.start(queue, base=base)
+        assert stay < pumps() and len(pumps()) == 2 * PAIRS
+    for number, index in enumerate(range(1, 2 * PAIRS, 2)):  # each still sends
+        place = frontend.room(80, bytes(12) + frame(number))
+        queues[index].add(index, readable=[place])
+        queues[index].publish()
+        eventually(lambda index=index: queues[index].pop_used() == [(index, 0)])  # type: ignore[misc]
+    for index in range(2 * PAIRS):
+        frontend.stop(index)
+    assert not tap.running and not pumps()
+    assert not errors
+
+
+def test_only_pairs_out_of_use_are_left_and_the_interface_waits(namespace: Namespace, ring_features: Features) -> None:
+    device, errors = NetDevice(queue_pairs=2), list[Exception]()
+    with LoopbackTransport(device) as transport, Netdev(device, "tap0", namespace=namespace) as tap:
+        tap.follow(errors.append)
+        with NetDriver(
+            transport, queue_pairs=2, wanted=WANTED - ([] if Feature.RING_PACKED in ring_features else [Feature.RING_PACKED])
+        ) as net:
+            net.use_pairs(1)
+            stay = pumps()
+            net.reset_queue(0)
+            assert not tap.running and not pumps()
+            net.setup_queue(0)
+            assert tap.running and len(pumps()) == len(stay)
+            with Wire(namespace, "tap0") as wire:
+                assert net.send_frames([frame(5)]) == 1
+                assert wire.receive(1) == [5]
     assert not errors
 
 

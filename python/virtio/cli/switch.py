@@ -1,7 +1,7 @@
 """Network devices whose frames go somewhere in this process: nowhere, into a capture, or to the device of another machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Final, Self
 
@@ -168,8 +168,8 @@ class Patch(NetDevice):
     def _filled(self, queue: DeviceQueue) -> None:
         self._wake_other()
 
-    def _ported(self, live: bool) -> None:
-        self._live = live
+    def _ported(self, pairs: Collection[int]) -> None:
+        self._live = bool(pairs)
         self._wake_other()
 
     def _wake_other(self) -> None:

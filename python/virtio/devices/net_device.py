@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,6 +47,7 @@ class NetDevice(DeviceBursts, Device):
     features = IMPLEMENTED
     rules = RULES
     on_frames: Callable[[Burst], object] | None = None
+    """Called with each burst of received packets. It may be set, or set to None, at any time."""
     on_rarp: Callable[[bytes], object] | None = None
     """Called with a MAC address that the network is to be told of: of a machine that moved here (vhost-user)."""
     on_mtu: Callable[[int], object] | None = None
@@ -100,8 +101,13 @@ class NetDevice(DeviceBursts, Device):
         self._doorbells: dict[int, EventFd] = {}
         self.on_link: Callable[[bool], None] | None = None
         """Called with what the link became, by whoever sets it."""
-        self._watchers: list[Callable[[bool], object]] = []
-        self._told = False
+        self._watchers: list[Callable[[Collection[int]], object]] = []
+        self._told: frozenset[int] = frozenset()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "on_frames" and hasattr(self, "_turns"):  # which is there once it is made
+            self.serving_changed()
 
     @property
     def pool(self) -> BufferPool:
@@ -165,19 +171,20 @@ class NetDevice(DeviceBursts, Device):
                 self.on_link(up)
 
     @locked
-    def watch_port(self, call: Callable[[bool], object]) -> None:
-        """For those who use the queues beside the port: calls `call(True)` once frames may move, which may be at once, and again when pairs
-        came or other ones are in use.
+    def watch_port(self, call: Callable[[Collection[int]], object]) -> None:
+        """For those who use the queues beside the port: calls `call(pairs)` with the numbers of the queue pairs that are live, once frames
+        may move, which may be at once, and again when pairs came or other ones are in use.
 
-        Before they may not any more, because a queue is taken off, it calls `call(False)`: when that returns nobody may use one. It comes
-        in the thread that changes the device, with the device locked: it must not raise, or wait for a thread that calls the device.
+        Before a queue is taken off, it is called with the pairs that stay, which may be none: when that returns nobody may use another's.
+        It comes in the thread that changes the device, with the device locked: it must not raise, or wait for a thread that calls the
+        device.
         """
         self._watchers.append(call)
         if self._told:
-            call(True)
+            call(self._told)
 
     @locked
-    def unwatch_port(self, call: Callable[[bool], object]) -> None:
+    def unwatch_port(self, call: Callable[[Collection[int]], object]) -> None:
         """Does not call it any more. Who is not known is passed over."""
         with suppress(ValueError):
             self._watchers.remove(call)
@@ -261,7 +268,7 @@ class NetDevice(DeviceBursts, Device):
     def _use_pairs(self, before: int) -> None:
         if self._wanted_pairs != before:
             self._over = connect(self._pairs, self.active_pairs)
-            self._tell(self._over is not None, again=True)
+            self._tell(self._live_pairs, again=True)
 
     # What the driver does, and the port that follows from it.
 
@@ -336,17 +343,21 @@ class NetDevice(DeviceBursts, Device):
     @contextmanager
     def _moving(self, only: int | None = None) -> Iterator[None]:
         """While what the port stands on changes (`only` this queue, if it is given), nobody uses its queues."""
-        self._tell(False)
+        self._tell(frozenset() if only is None else self._told - {only // 2})
         try:
             yield
         finally:
             self._follow(only)
 
-    def _tell(self, live: bool, *, again: bool = False) -> None:
-        if live != self._told or (live and again):
-            self._told = live
+    @property
+    def _live_pairs(self) -> frozenset[int]:
+        return frozenset(pair.number for pair in self._pairs if pair._port is not None)
+
+    def _tell(self, pairs: frozenset[int], *, again: bool = False) -> None:
+        if pairs != self._told or (pairs and again):
+            self._told = pairs
             for call in list(self._watchers):
-                call(live)
+                call(pairs)
 
     def _follow(self, only: int | None = None) -> None:
         """A pair is live while the device is and both of its queues are enabled. `only` a queue has changed, if that is given."""
@@ -359,4 +370,4 @@ class NetDevice(DeviceBursts, Device):
         if changed:
             self._over = connect(self._pairs, self.active_pairs)
         self._changed.signal()
-        self._tell(self._over is not None, again=changed)
+        self._tell(self._live_pairs, again=changed)

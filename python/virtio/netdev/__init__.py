@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any, Final
@@ -37,7 +37,7 @@ from weakref import WeakMethod, WeakValueDictionary
 from virtio import arguments
 from virtio.errors import StatusError
 from virtio.netdev import tap
-from virtio.netdev.ends import SLOT_SIZE, DeviceEnd, DriverEnd, Pumps, end_of
+from virtio.netdev.ends import SLOT_SIZE, DeviceEnd, DriverEnd, Lane, Pumps, end_of
 from virtio.netdev.follower import Follower
 from virtio.netdev.namespace import Namespace, NamespaceError, copied, unshare_as_user
 from virtio.netdev.running import Running
@@ -103,7 +103,7 @@ class Netdev(Running):
         addresses = tap.each(address)
         self.mtu = self._end.mtu(mtu)
         mac = self._end.mac if mac is None else arguments.mac("mac", mac)
-        self._pumps: list[Pumps] = []
+        self._pumps: dict[Lane, Pumps] = {}
         self._totals: dict[str, Any] = {}
         self._carrier = True
         self._plugged = False
@@ -156,7 +156,10 @@ class Netdev(Running):
 
         Both go on over stops.
         """
-        return add_statistics(self._totals, self._counted())
+        found = self._totals
+        for pumps in list(self._pumps.values()):
+            found = add_statistics(found, _counted(pumps))
+        return dict(found)
 
     def start(self) -> None:
         """Plugs it in: frames move from now on, and the carrier follows the port's link.
@@ -221,14 +224,6 @@ class Netdev(Running):
             why = "is gone" if gone else f"cannot be set up: {error.strerror}"
             raise TapError(error.errno, f"interface {self.name} {why}") from None
 
-    def _counted(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for pumps in list(self._pumps):
-            found = add_statistics(found, {"transmit": pumps.transmit.statistics})
-            if pumps.receive is not None:
-                found = add_statistics(found, {"receive": pumps.receive.statistics})
-        return found
-
     def _check_alone(self, step: str) -> None:
         if self._owner is not None:
             raise StatusError(f"{self.name} belongs to a pair: {step} that")
@@ -244,26 +239,38 @@ class Netdev(Running):
             if _claims.get(id(self.port)) is self:
                 del _claims[id(self.port)]
 
-    def _plug(self) -> list[Pumps]:
-        """Makes the pumps, and brings the interface up."""
+    def _lanes(self, live: Collection[int] | None) -> list[Lane]:
+        """What pumps are for. A pair keeps its queue of the TAP whatever others do, if there is one of its number."""
+        pairs = self._end.live_pairs(live)
+        own = {pair: self._taps[pair] for pair in pairs if pair < len(self._taps)}
+        left = [queue for queue in self._taps if queue not in own.values()]
+        return self._end.lanes(own | dict(zip((pair for pair in pairs if pair not in own), left, strict=False)), live)
+
+    def _plug(self, lanes: Sequence[Lane]) -> None:
+        """Gets ready for these, and brings the interface up."""
+        used = [lane.descriptor for lane in lanes if lane.used]
         with self._setting():
-            pairs = dict(zip(self._end.live_pairs(), self._taps, strict=False))
             for queue in self._taps:  # no frames for pairs that are not in use
-                if (wanted := queue in pairs.values()) is (queue in self._detached):
-                    tap.attach_queue(queue, wanted)
+                if (queue in used) is (queue in self._detached):
+                    tap.attach_queue(queue, queue in used)
                     self._detached ^= {queue}
-            self._pumps = self._end.pumps(pairs, self.mtu)
+            self._end.prepare(used[0], self.mtu)
             self._plugged = True
             self._carry(self.port.link)
             self._interface.up()
-        return self._pumps
 
-    def _pull(self) -> None:
-        """The pumps have ended."""
-        self._totals = self.statistics
-        pumps, self._pumps = self._pumps, []
-        for pair in pumps:
-            for pump in pair:
+    def _pump(self, lane: Lane) -> Pumps:
+        """Its pumps, made once."""
+        if lane not in self._pumps:
+            with self._setting():
+                self._pumps[lane] = self._end.pumps(lane, self.mtu)
+        return self._pumps[lane]
+
+    def _pull(self, lane: Lane) -> None:
+        """Its pumps have ended, all of them."""
+        if (pumps := self._pumps.pop(lane, None)) is not None:
+            self._totals = add_statistics(self._totals, _counted(pumps))
+            for pump in pumps:
                 if pump is not None:
                     pump.close()
 
@@ -306,6 +313,11 @@ class Netdev(Running):
         self._namespace = -1
         if self._link_hook is not None and self.port.on_link is self._link_hook:
             self.port.on_link = self._linked_before
+
+
+def _counted(pumps: Pumps) -> dict[str, Any]:
+    found = {"transmit": pumps.transmit.statistics}
+    return found if pumps.receive is None else {**found, "receive": pumps.receive.statistics}
 
 
 class NetdevPair(Running):

@@ -1,6 +1,6 @@
 """What a kernel interface needs of a port: which end it is, its queues, what it negotiated, and the two pumps that follow from that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from virtio import arguments
@@ -115,6 +115,18 @@ class Paired(Protocol):
         """One of them, with `receiveq` and `transmitq`."""
 
 
+class Lane(NamedTuple):
+    """What the pumps of a queue pair stand on: two that are the same need no change."""
+
+    pair: int
+    queues: tuple[object, object]
+    """The queue from which its driver receives, and the one by which it sends."""
+    descriptor: int
+    """Its queue of the TAP."""
+    used: bool
+    """Whether the pair is in use."""
+
+
 class Pumps(NamedTuple):
     """The pumps of one queue pair and its queue of the TAP, by the queue that they serve."""
 
@@ -153,13 +165,21 @@ class End:
         """How many queue pairs the port has."""
         return int(getattr(self.port, "queue_pairs", 1))
 
-    def live_pairs(self) -> list[int]:
-        """Those that are live and in use. StatusError: none is, as the port is not live."""
+    def live_pairs(self, live: Collection[int] | None) -> list[int]:
+        """Those that are live and in use; of `live` ones, if that is given. StatusError: it is not, and none is."""
         raise NotImplementedError
 
-    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
-        """Sets the TAP's offloads and makes its pumps, for pairs with these descriptors of its queues; a device's other pairs send to the
-        first of these. ValueError: slots are too small."""
+    def lanes(self, descriptors: dict[int, int], live: Collection[int] | None) -> list[Lane]:
+        """What pumps are for: pairs with these descriptors of the TAP's queues, and a device's others, which send to the first of these;
+        of `live` ones only, if that is given. StatusError: a pair was taken off meanwhile."""
+        raise NotImplementedError
+
+    def prepare(self, descriptor: int, mtu: int) -> None:
+        """Sets the TAP's offloads. ValueError: slots are too small."""
+        raise NotImplementedError
+
+    def pumps(self, lane: Lane, mtu: int) -> Pumps:
+        """The pumps of one pair, after `prepare`. StatusError: it was taken off meanwhile."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -184,61 +204,85 @@ class _Driver(End):
     def check(self) -> None:
         self.port.check()
 
-    def live_pairs(self) -> list[int]:
+    def live_pairs(self, live: Collection[int] | None) -> list[int]:
         if self.port.state is not DriverState.DRIVER_OK:
             raise StatusError(f"the driver's device is not live (driver: {self.port.state}): restart it first")
         return list(range(getattr(self.port, "active_pairs", 1)))
 
-    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
-        port, features = self.port, self.features
-        wanted = tap.offloads(features, driver=True)
+    def lanes(self, descriptors: dict[int, int], live: Collection[int] | None) -> list[Lane]:
+        found = []
+        for pair, descriptor in descriptors.items():
+            queues = self._queues(pair)
+            found.append(Lane(pair, (queues.receiveq, queues.transmitq), descriptor, used=True))
+        return found
+
+    def prepare(self, descriptor: int, mtu: int) -> None:
+        port = self.port
+        wanted = tap.offloads(self.features, driver=True)
         payload, needed = port.pool.slot_size - BufferPool.HEADROOM, mtu + AROUND_PACKET
         if not wanted & tap.SEGMENTATION and payload < needed:
             raise ValueError(f"slots of {port.pool.slot_size} bytes hold frames of {payload}, and an MTU of {mtu} makes them {needed}")
-        tap.set_offloads(next(iter(descriptors.values())), port.header_size, wanted)
-        found = []
-        for pair, descriptor in descriptors.items():
-            queues = port.pair(pair) if isinstance(port, Paired) else port
-            inwards, outwards = (port.transport.interrupt(index) for index in (2 * pair, 2 * pair + 1))
-            transmit = Pump.driver_transmit(queues.transmitq, port.pool, descriptor, features=features, interrupt=outwards)
-            receive = Pump.driver_receive(queues.receiveq, port.pool, descriptor, features=features, interrupt=inwards)
-            found.append(Pumps(transmit, receive))
-        return found
+        tap.set_offloads(descriptor, port.header_size, wanted)
+
+    def pumps(self, lane: Lane, mtu: int) -> Pumps:
+        port, queues, features = self.port, self._queues(lane.pair), self.features
+        inwards, outwards = (port.transport.interrupt(index) for index in (2 * lane.pair, 2 * lane.pair + 1))
+        return Pumps(
+            Pump.driver_transmit(queues.transmitq, port.pool, lane.descriptor, features=features, interrupt=outwards),
+            Pump.driver_receive(queues.receiveq, port.pool, lane.descriptor, features=features, interrupt=inwards),
+        )
+
+    def _queues(self, pair: int) -> Any:
+        return self.port.pair(pair) if isinstance(self.port, Paired) else self.port
 
 
 class _Device(End):
     port: DeviceEnd
+    _longest = MAX_FRAME
 
     @property
     def features(self) -> Features:
         return self.port.accepted
 
-    def live_pairs(self) -> list[int]:
+    def live_pairs(self, live: Collection[int] | None) -> list[int]:
         status, found = self.port.status, []
         if Status.DRIVER_OK in status and Status.NEEDS_RESET not in status:
             pairs = range(getattr(self.port, "active_pairs", 1))
             found = [pair for pair in pairs if all(self.port.queue(index) is not None for index in (2 * pair, 2 * pair + 1))]
+        if live is not None:
+            return [pair for pair in found if pair in live]
         if not found:
             raise StatusError(f"the device is not live (status {int(status):#x}): its driver has to initialize it first")
         return found
 
-    def pumps(self, descriptors: dict[int, int], mtu: int) -> list[Pumps]:
-        port, features, first = self.port, self.features, next(iter(descriptors.values()))
-        taken = tap.set_offloads(first, port.header_size, tap.offloads(features, driver=False))
-        longest = MAX_FRAME if taken & tap.SEGMENTATION else mtu + AROUND_PACKET
-        found = []
-        for pair, descriptor in descriptors.items():
-            (receiveq, filled), (transmitq, sent) = ((port.queue(index), port.doorbell(index)) for index in (2 * pair, 2 * pair + 1))
-            if receiveq is None or transmitq is None or filled is None or sent is None:
+    def lanes(self, descriptors: dict[int, int], live: Collection[int] | None) -> list[Lane]:
+        found: list[Lane] = []
+        if not descriptors:
+            return found
+        first = next(iter(descriptors.values()))
+        for pair in range(self.queue_pairs) if live is None else sorted(live):
+            used, (receiveq, transmitq) = pair in descriptors, (self.port.queue(index) for index in (2 * pair, 2 * pair + 1))
+            if used and (receiveq is None or transmitq is None):
                 raise StatusError(f"queue pair {pair} was taken off meanwhile")
-            transmit = Pump.device_transmit(transmitq, descriptor, features=features, doorbell=sent)
-            receive = Pump.device_receive(receiveq, descriptor, features=features, doorbell=filled, longest=longest)
-            found.append(Pumps(transmit, receive))
-        for pair in sorted(set(range(self.queue_pairs)) - set(descriptors)):
-            transmitq, sent = port.queue(2 * pair + 1), port.doorbell(2 * pair + 1)
-            if transmitq is not None and sent is not None:
-                found.append(Pumps(Pump.device_transmit(transmitq, first, features=features, doorbell=sent), None))
+            if transmitq is not None:
+                found.append(Lane(pair, (receiveq, transmitq), descriptors.get(pair, first), used))
         return found
+
+    def prepare(self, descriptor: int, mtu: int) -> None:
+        taken = tap.set_offloads(descriptor, self.port.header_size, tap.offloads(self.features, driver=False))
+        self._longest = MAX_FRAME if taken & tap.SEGMENTATION else mtu + AROUND_PACKET
+
+    def pumps(self, lane: Lane, mtu: int) -> Pumps:
+        port, features, receive = self.port, self.features, None
+        (receiveq, filled), (transmitq, sent) = ((port.queue(index), port.doorbell(index)) for index in (2 * lane.pair, 2 * lane.pair + 1))
+        if transmitq is None or sent is None:
+            raise StatusError(f"queue pair {lane.pair} was taken off meanwhile")
+        transmit = Pump.device_transmit(transmitq, lane.descriptor, features=features, doorbell=sent)
+        if lane.used:
+            if receiveq is None or filled is None:
+                raise StatusError(f"queue pair {lane.pair} was taken off meanwhile")
+            receive = Pump.device_receive(receiveq, lane.descriptor, features=features, doorbell=filled, longest=self._longest)
+        return Pumps(transmit, receive)
 
     def failed(self) -> None:
         """A driver that broke a rule has to reset the device (2.1.2)."""

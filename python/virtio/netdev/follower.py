@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from threading import Lock
 from typing import Any, Final, Protocol, runtime_checkable
@@ -25,10 +25,10 @@ _log = logging.getLogger("virtio.netdev")
 class Watched(Protocol):
     """A port that tells before its queues are taken off: `NetDevice`, and whatever has these."""
 
-    def watch_port(self, call: Callable[[bool], object]) -> None:
+    def watch_port(self, call: Callable[[Collection[int]], object]) -> None:
         """As `NetDevice.watch_port`."""
 
-    def unwatch_port(self, call: Callable[[bool], object]) -> None:
+    def unwatch_port(self, call: Callable[[Collection[int]], object]) -> None:
         """As `NetDevice.unwatch_port`."""
 
 
@@ -75,16 +75,17 @@ class Follower:
             except OSError as error:
                 self._tell(TransportError(f"the network is not told of {mac.hex(':')}: {error.strerror}"))
 
-    def _told(self, live: bool) -> None:
-        """By the port, in the thread that changes the device, with the device locked."""
+    def _told(self, pairs: Collection[int]) -> None:
+        """By the port, in the thread that changes the device, with the device locked. Pumps of pairs that stay as they are go on."""
         interface = self._interface
         if os.getpid() != interface._process:  # a forked child: pumps are its parent's
             return
         with interface._lock:
-            interface._halt()
-            if live and not self._over:
+            if self._over or not pairs:
+                interface._halt()
+            else:
                 try:
-                    interface._begin()
+                    interface._begin(pairs)
                 except BaseException as error:
                     self._give_up(error)
             self._look.signal()
@@ -97,9 +98,9 @@ class Follower:
             while True:
                 life = interface._life
                 idle = life is None and interface._plugged
-                failures = set() if life is None else set(life.failures)
+                failures = [] if life is None else life.failures  # held, so that they stay open
                 sleep_on = select.poll()
-                for descriptor in (stop.fileno(), self._look.fileno(), *failures):
+                for descriptor in (stop.fileno(), self._look.fileno(), *(event.fileno() for event in failures)):
                     sleep_on.register(descriptor, select.POLLIN)
                 if life is None and not self._over:  # its end wakes who waits for this kind of data, of which there is none
                     sleep_on.register(tap, select.POLLRDBAND)
@@ -123,19 +124,19 @@ class Follower:
     def _settle(self, life: Life) -> None:
         """Looks at what has become of one."""
         interface = self._interface
-        errors = life.errors
-        if not errors:
-            return
-        with interface._lock:
-            if interface._life is life:
-                interface._halt()
-        for error in errors:
+        errors, late = life.errors, life.take_late()
+        if errors:
+            with interface._lock:
+                if interface._life is life:
+                    interface._halt()
+        for error in (*errors, *late):
             if not isinstance(error, SpecViolation | StatusError):
                 self._give_up(error)
                 return
             self._tell(error)
-        with suppress(VirtioError):
-            interface._end.failed()
+        if errors or late:
+            with suppress(VirtioError):
+                interface._end.failed()
 
     def _tell(self, error: Exception) -> None:
         if self._report is not None:

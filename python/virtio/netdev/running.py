@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import RLock, Thread, current_thread
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Final, Protocol, Self
 from virtio import arguments
 from virtio._core import EventFd, Pump, PumpRunner
 from virtio.errors import StatusError, VirtioError
-from virtio.netdev.ends import End, Pumps
+from virtio.netdev.ends import End, Lane, Pumps
 
 TOGETHER: Final = 15
 """Pairs out of use of one interface that share a thread; a runner takes 31 pumps, and there may be two interfaces."""
@@ -23,13 +23,19 @@ class Member(Protocol):
     """An interface, for what runs it."""
 
     _end: End
-    _pumps: list[Pumps]
+    _pumps: dict[Lane, Pumps]
 
-    def _plug(self) -> list[Pumps]:
-        """Makes the pumps, and brings the interface up."""
+    def _lanes(self, live: Collection[int] | None) -> list[Lane]:
+        """What pumps are for, of these pairs only if they are given. StatusError: none is live."""
 
-    def _pull(self) -> None:
-        """The pumps have ended."""
+    def _plug(self, lanes: Sequence[Lane]) -> None:
+        """Gets ready for these, and brings the interface up."""
+
+    def _pump(self, lane: Lane) -> Pumps:
+        """Its pumps."""
+
+    def _pull(self, lane: Lane) -> None:
+        """Its pumps have ended."""
 
     def _unplug(self) -> None:
         """The cable is pulled."""
@@ -44,41 +50,70 @@ class Member(Protocol):
         """They are nobody's."""
 
 
-class Life:
-    """What runs from one start to the next stop: a thread for each direction of each queue pair."""
+Key = tuple[int, str]
+"""A thread: the pair's number (below 0 for pairs out of use, some together), and the direction."""
+Lanes = tuple[tuple[Member, Lane], ...]
 
-    def __init__(self, groups: Sequence[list[Pump]]) -> None:
-        self._pumps = [pump for group in groups for pump in group]
-        self._runners = [PumpRunner(group) for group in groups]
+
+class Run:
+    """One thread, and what it moves frames of."""
+
+    def __init__(self, lanes: Lanes, pumps: list[Pump]) -> None:
+        self.lanes = lanes
+        self.pumps = pumps
+        self.runner = PumpRunner(pumps)
+        self.thread: Thread | None = None
+
+
+class Life:
+    """What runs from one start to the next stop: a thread for each direction of each queue pair. Pairs come and go meanwhile."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Key, Run] = {}
         self._failed = EventFd()
         self._raised: list[BaseException] = []
-        self.threads: list[Thread] = []
-        """Those that have begun."""
-
-    def begin(self) -> None:
-        """Starts the threads. RuntimeError: no more of them are to be had; call `end`."""
-        for runner in self._runners:
-            thread = Thread(target=self._run, args=(runner,), name="virtio-pump", daemon=True)
-            thread.start()
-            self.threads.append(thread)
-
-    def end(self) -> None:
-        """Returns once no pump has its queue any more."""
-        for runner in self._runners:
-            runner.stop()
-        for thread in self.threads:
-            thread.join()
+        self._late: list[BaseException] = []
 
     @property
-    def failures(self) -> list[int]:
-        """Descriptors that are readable once there are `errors`."""
-        return [self._failed.fileno(), *(runner.failed.fileno() for runner in self._runners)]
+    def threads(self) -> list[Thread]:
+        """Those that have begun."""
+        return [run.thread for run in list(self.runs.values()) if run.thread is not None]
+
+    def begin(self, key: Key, run: Run) -> None:
+        """Starts one more thread. RuntimeError: no more of them are to be had; call `end`."""
+        self.runs[key] = run
+        thread = Thread(target=self._run, args=(run.runner,), name="virtio-pump", daemon=True)
+        thread.start()
+        run.thread = thread
+
+    def end(self, keys: Iterable[Key] | None = None) -> list[tuple[Member, Lane]]:
+        """Returns once none of these threads, or of all, has a queue any more; whose pumps they were."""
+        ended = [self.runs[key] for key in (list(self.runs) if keys is None else keys)]
+        for run in ended:
+            run.runner.stop()
+        for run in ended:
+            if run.thread is not None:
+                run.thread.join()
+        if keys is not None:
+            self._late += [pump.error for run in ended for pump in run.pumps if pump.error is not None]
+            self.runs = {key: run for key, run in self.runs.items() if run not in ended}
+        return [each for run in ended for each in run.lanes]
+
+    @property
+    def failures(self) -> list[EventFd]:
+        """Readable once there are `errors`."""
+        return [self._failed, *(run.runner.failed for run in list(self.runs.values()))]
 
     @property
     def errors(self) -> list[BaseException]:
         """What ended pumps, or whole threads."""
-        found = [pump.error for pump in self._pumps if pump.error is not None]
+        found = [pump.error for run in list(self.runs.values()) for pump in run.pumps if pump.error is not None]
         return found or self._raised
+
+    def take_late(self) -> list[BaseException]:
+        """What ended pumps that are not here any more, once."""
+        late, self._late = self._late, []
+        return late
 
     def _run(self, runner: PumpRunner) -> None:
         try:
@@ -223,7 +258,7 @@ class Running:
             watcher[1].close()
         self._ended.close()
         for member in self._members:
-            for pumps in member._pumps:
+            for pumps in member._pumps.values():
                 for pump in pumps:
                     if pump is not None:
                         pump.close()
@@ -237,19 +272,32 @@ class Running:
         if current_thread() in threads:  # it would wait for itself, or for one who waits for it
             raise StatusError("an interface is not started, stopped or closed from its own thread, where on_link is called")
 
-    def _begin(self) -> None:
-        """Starts pumps. StatusError, ValueError, TapError: as `Netdev.start`."""
-        groups: dict[tuple[int, str], list[Pump]] = {}
+    def _begin(self, live: Collection[int] | None = None) -> None:
+        """Starts pumps; of `live` pairs only, if they are given. Those that run already go on, if they are still wanted, or are stopped.
+
+        StatusError, ValueError, TapError: as `Netdev.start`.
+        """
         try:
             # The end that writes frames to the queue goes first, so that the other finds them in the same round.
-            for member in self._members:
-                for number, pumps in enumerate(member._plug()):
-                    thread = number if pumps.receive is not None else -1 - number // TOGETHER
-                    groups.setdefault((thread, "transmit"), []).append(pumps.transmit)
-                    if pumps.receive is not None:
-                        groups.setdefault((thread, "receive"), []).append(pumps.receive)
-            self._life = Life(list(groups.values()))
-            self._life.begin()
+            wanted: dict[Key, Lanes] = {}
+            plan = [(member, member._lanes(live)) for member in self._members]
+            for member, lanes in plan:
+                for lane in lanes:
+                    thread = lane.pair if lane.used else -1 - lane.pair // TOGETHER
+                    for direction in ("transmit", "receive") if lane.used else ("transmit",):
+                        wanted[thread, direction] = (*wanted.get((thread, direction), ()), (member, lane))
+            life = self._life = self._life or Life()
+            for member, lane in life.end([key for key, run in life.runs.items() if run.lanes != wanted.get(key)]):
+                member._pull(lane)
+            if not wanted:
+                self._halt()
+                return
+            for member, lanes in plan:
+                member._plug(lanes)
+            for key, each in wanted.items():
+                if key not in life.runs:
+                    pumps = (getattr(member._pump(lane), key[1]) for member, lane in each)
+                    life.begin(key, Run(each, list(pumps)))
         except BaseException:
             self._halt()
             raise
@@ -261,7 +309,8 @@ class Running:
             if life is not None:
                 life.end()
             for member in self._members:
-                member._pull()
+                for lane in list(member._pumps):
+                    member._pull(lane)
 
     def _watch_with(self, target: Callable[[EventFd], None]) -> None:
         """Has this run in a thread until its argument is signalled."""
@@ -279,7 +328,7 @@ class Running:
         if (life := self._life) is None:
             return
         with self._interrupts() as interrupts:
-            failures = set(life.failures)
+            failures = {event.fileno() for event in life.failures}
             sleep_on = select.poll()
             for descriptor in (stop.fileno(), *failures, *interrupts):
                 sleep_on.register(descriptor, select.POLLIN)

@@ -78,11 +78,12 @@ class Connection:
         self.rings: Final = [Ring() for _ in device.queues]
         self.closed = False
         self._link, self._loop, self._poll = link, loop, poll
-        self._config_changed = EventFd()
+        self._config_changed, self._serving_changed = EventFd(), EventFd()
         try:
-            device.connect(self._config_changed)
+            device.connect(self._config_changed, serving_changed=self._serving_changed)
         except StatusError:
             self._config_changed.close()
+            self._serving_changed.close()
             link.close()
             raise
         self._features: Features | None = None
@@ -98,6 +99,7 @@ class Connection:
         self._inflight: InflightArea | None = None
         loop.watch(link.fileno(), self.receive)
         loop.watch(self._config_changed.fileno(), self._tell_config)
+        loop.watch(self._serving_changed.fileno(), self._look_again)
 
     @property
     def busy(self) -> bool:
@@ -415,9 +417,27 @@ class Connection:
             queue.connect(ring.call)
             ring.discarding = queue
             queue.arm()
-        if not on or (device.serves(index) and not self._poll):
+        self._watch(index, ring)
+
+    def _watch(self, index: int, ring: Ring) -> None:
+        """Hears of its kicks, or no more, as it is served."""
+        alive = self.device.state is not DeviceState.NEEDS_RESET
+        wanted = ring.discarding is not None or (ring.on and alive and self.device.serves(index) and not self._poll)
+        if wanted and ring.watched is None and ring.kick is not None:
             ring.watched = ring.kick.fileno()
-            self._loop.watch(ring.watched, self.poll if on else lambda: self._discard(ring))
+            self._loop.watch(ring.watched, self.poll if ring.on else lambda: self._discard(ring))
+        elif not wanted and ring.watched is not None:
+            self._loop.unwatch(ring.watched)
+            ring.watched = None
+
+    def _look_again(self) -> None:
+        """The device serves other queues: what came meanwhile is theirs too."""
+        self._serving_changed.drain()
+        self._busy = None
+        for index, ring in enumerate(self.rings):
+            self._watch(index, ring)
+            if ring.on and ring.kick is not None:
+                ring.kick.signal()
 
     def _base(self, ring: Ring) -> int:
         """Where the ring resumes. Some front-ends give packed rings no base at all, and a ring that no device wrote tells; some give only
@@ -493,10 +513,8 @@ class Connection:
             return 0
         if self.device.state is DeviceState.NEEDS_RESET:  # kicks are for nobody until the front-end begins anew
             self._busy = None
-            for ring in self.rings:
-                if ring.on and ring.watched is not None:
-                    self._loop.unwatch(ring.watched)
-                    ring.watched = None
+            for index, ring in enumerate(self.rings):
+                self._watch(index, ring)
         return calls
 
     def _discard(self, ring: Ring) -> None:
@@ -555,6 +573,7 @@ class Connection:
         self.closed = True
         self._loop.unwatch(self._link.fileno())
         self._loop.unwatch(self._config_changed.fileno())
+        self._loop.unwatch(self._serving_changed.fileno())
         for effect in self.session.end():
             for descriptor in descriptors_of(effect):
                 os.close(descriptor)
@@ -571,6 +590,7 @@ class Connection:
             for event in (ring.kick, ring.call, ring.error):
                 _replaced(event, None)
         self._config_changed.close()
+        self._serving_changed.close()
         if self._inflight is not None:
             self._inflight.close()
         if self._channel is not None:
