@@ -438,27 +438,6 @@ def test_a_polled_device_needs_no_kicks(path: str) -> None:
 
 
 @pytest.mark.parametrize("poll", [False, True])
-def test_who_serves_frames_may_come_and_go_while_a_ring_runs(path: str, poll: bool, ring_features: Features) -> None:
-    device, found = NetDevice(), list[int]()
-    with Backend(path, device, poll=poll) as backend, Frontend.at(path, backend) as frontend:
-        frontend.negotiate(ring_features)
-        queue = frontend.queue(1)
-        for each in (frontend.queue(0), queue):
-            frontend.start(each)
-        expected = list[int]()
-        for turn in range(3):
-            for served in (False, True):
-                device.on_frames = (lambda burst: found.extend(burst.lengths[: burst.count])) if served else None
-                queue.add(None, readable=[frontend.room(12 + 60 + turn)])
-                queue.publish()
-                expected.append(60 + turn)
-                frontend.turn()
-                backend.process(0.0)
-                assert found == (expected if served else expected[:-1])
-            queue.pop_used()
-
-
-@pytest.mark.parametrize("poll", [False, True])
 def test_a_polled_ring_that_broke_lets_it_sleep(path: str, errors: list[Exception], poll: bool) -> None:
     with Backend(path, rng(), poll=poll, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
         frontend.negotiate(Features({Feature.VERSION_1}))

@@ -205,3 +205,25 @@ def test_polling_never_sleeps_while_a_ring_runs_and_wants_no_kicks(
             frontend.stop(0)
             frontend.stop(1)
             assert backend.wait_time is None
+
+
+@pytest.mark.parametrize("poll", [False, True])
+def test_who_serves_frames_may_come_and_go_while_a_ring_runs(tmp_path: Path, poll: bool, ring_features: Features) -> None:
+    device, found = NetDevice(), list[int]()
+    path = str(tmp_path / "s")
+    with Backend(path, device, poll=poll) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(ring_features)
+        queue = frontend.queue(1)
+        for each in (frontend.queue(0), queue):
+            frontend.start(each)
+        expected = list[int]()
+        for turn in range(3):
+            for served in (False, True):
+                device.on_frames = (lambda burst: found.extend(burst.lengths[: burst.count])) if served else None
+                queue.add(None, readable=[frontend.room(12 + 60 + turn)])
+                queue.publish()
+                expected.append(60 + turn)
+                frontend.turn()
+                backend.process(0.0)
+                assert found == (expected if served else expected[:-1])
+            queue.pop_used()
