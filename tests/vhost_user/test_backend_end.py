@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,65 @@ def test_a_path_that_is_somebody_elses_by_now_stays(tmp_path: Path, kind: str) -
         first.close()
         assert os.path.exists(path)
     assert not os.path.exists(path)
+
+
+def test_who_reads_no_replies_is_read_no_further_and_served_all_the_same(tmp_path: Path) -> None:
+    """The kernel has room for so many messages and no more: the front-end waits, the back-end keeps nothing and sleeps."""
+    path, errors = str(tmp_path / "s"), list[Exception]()
+    with Backend(path, RngDevice(), report=errors.append) as backend:
+        waiting = Waiting(path, backend)
+        request = wire.encode(F.GET_CONFIG, wire.Config(0, 200, 0, bytes(200)))
+        for number, data in enumerate((request, wire.encode(F.GET_FEATURES))):
+            sent = 0
+            for _ in range(1000):  # as long as it takes more
+                before = sent
+                while True:
+                    try:
+                        count = waiting.frontend.socket.send(data)
+                    except BlockingIOError:
+                        break
+                    assert count == len(data)
+                    sent += 1
+                waiting.frontend.turn()
+                if sent == before:
+                    break
+            else:
+                raise AssertionError(f"{sent} messages, and no end")
+            assert sent > 100
+            assert backend.process(0.0) == 0 and backend.wait_time is None, "nothing wakes it"
+            waiting.ask()
+            waiting.frontend.turn()
+            assert waiting.served() == number + 1
+            for _ in range(sent):
+                reply, body = wire.HEADER.unpack(take(waiting.frontend, wire.HEADER.size)), b""
+                body = take(waiting.frontend, reply[2])
+                assert reply[0] == wire.HEADER.unpack(data[: wire.HEADER.size])[0] and len(body) == reply[2]
+            assert waiting.frontend.ask(F.GET_FEATURES) is not None
+        assert not errors
+        waiting.close()
+
+
+def test_who_vanishes_with_replies_unread_is_gone(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with Backend(path, RngDevice()) as backend:
+        waiting = Waiting(path, backend)
+        for _ in range(100):
+            with suppress(BlockingIOError):
+                while True:
+                    waiting.frontend.socket.send(wire.encode(F.GET_FEATURES))
+            waiting.frontend.turn()
+        waiting.vanish()
+        while backend.connections:
+            backend.process(60.0)
+        waiting.close()
+
+
+def take(frontend: Frontend, count: int) -> bytes:
+    """So many bytes of replies, letting the back-end go on meanwhile."""
+    data = b""
+    while len(data) < count:
+        try:
+            data += frontend.socket.recv(count - len(data))
+        except BlockingIOError:
+            assert frontend.backend.process(60.0)
+    return data

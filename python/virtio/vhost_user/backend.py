@@ -32,8 +32,6 @@ LOG_INTERVAL: Final = 0.05
 
 FRESH: Final = 0.001
 """Seconds of serving after which connections are heard again before the next ring."""
-SEND_INTERVAL: Final = 0.01
-"""Seconds between attempts to send what a front-end did not read yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -135,8 +133,6 @@ class Backend:
             waits.append(max(0.0, self._accept_at - time.monotonic()))
         if any(connection.busy for connection in self._connections):
             waits.append(0.0)
-        if any(connection.waiting for connection in self._connections):
-            waits.append(SEND_INTERVAL)
         if any(connection.logging for connection in self._connections):
             waits.append(LOG_INTERVAL)
         return min(waits, default=None)
@@ -174,8 +170,6 @@ class Backend:
                     done += self._hear(0)[0]
                     heard = time.monotonic()
                 done += connection.spin(math.inf if timeout is None else timeout)
-            if connection.waiting:
-                connection.receive()
             if connection.logging and not connection.closed:
                 connection.flush_log()
         self._forget()
@@ -250,6 +244,10 @@ class Backend:
         """Calls `call` when `descriptor` is readable."""
         self._epoll.register(descriptor, select.EPOLLIN)
         self._watched[descriptor] = call
+
+    def await_room(self, descriptor: int, *, wanted: bool) -> None:
+        """Calls it when there is room to write, not when it is readable; or, not `wanted`, as before."""
+        self._epoll.modify(descriptor, select.EPOLLOUT if wanted else select.EPOLLIN)
 
     def unwatch(self, descriptor: int) -> None:
         """No more."""

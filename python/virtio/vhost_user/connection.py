@@ -82,7 +82,7 @@ class Connection:
             link.close()
             raise
         self._status = 0
-        self._unread = False
+        self._unread = self._blocked = False
         self._memory = MemoryTable(device.memory)
         self._channel = Channel()
         self._log = DirtyLog(device.memory)
@@ -102,11 +102,6 @@ class Connection:
         return self._log.wanted
 
     @property
-    def waiting(self) -> bool:
-        """Whether the front-end leaves replies unread."""
-        return self._link.waiting
-
-    @property
     def descriptor(self) -> int:
         """The descriptor of the connection."""
         return self._link.fileno()
@@ -114,13 +109,16 @@ class Connection:
     # What arrives.
 
     def receive(self) -> None:
-        """Reads and carries out the messages that are there, up to `MESSAGES`, or as many as are begun within `LONG` seconds."""
+        """Reads and carries out the messages that are there, up to `MESSAGES`, or as many as are begun within `LONG` seconds.
+
+        None is read while the front-end leaves a reply unread: its rings are served, and what it asks besides waits in the kernel.
+        """
         self._unread = True
         until = monotonic() + LONG
         for number in range(MESSAGES):
             if number and monotonic() > until:
                 return
-            if self.closed or (received := self._receive()) is None:
+            if self.closed or not self._answered() or (received := self._link.receive(self.session.needed)) is None:
                 self._unread = False
                 return
             data, descriptors = received
@@ -134,12 +132,17 @@ class Connection:
                     self._loop.report(error)
                     self.close()
 
-    def _receive(self) -> tuple[bytes, list[int]] | None:
+    def _answered(self) -> bool:
+        """Whether the front-end has taken every reply; if not, the loop looks for room, and calls `receive` again then."""
         try:
             self._link.flush()
         except TransportError:
-            return b"", []
-        return self._link.receive(self.session.needed)
+            self.close()
+            return False
+        if self._link.waiting is not self._blocked:
+            self._blocked = self._link.waiting
+            self._loop.await_room(self._link.fileno(), wanted=self._blocked)
+        return not self._blocked
 
     def _carry_out(self, effects: tuple[fx.Effect, ...], done: Callable[[Answer], Send], failed: Callable[[], Send | None]) -> None:
         ended = False
@@ -169,6 +172,7 @@ class Connection:
             elif not self.closed and not ended:
                 self.flush_log()
                 self._link.send(sent)
+                self._answered()
         finally:
             for effect in effects:
                 for descriptor in descriptors_of(effect):

@@ -13,6 +13,9 @@ class Loop(Protocol):
     def watch(self, descriptor: int, call: Callable[[], object]) -> None:
         """Calls `call` when `descriptor` is readable."""
 
+    def await_room(self, descriptor: int, *, wanted: bool) -> None:
+        """Calls what watches `descriptor` when there is room to write, not when it is readable; or, not `wanted`, as before."""
+
     def unwatch(self, descriptor: int) -> None:
         """No more."""
 
