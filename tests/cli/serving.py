@@ -64,21 +64,22 @@ class Serving:
 
     def ended(self) -> list[dict[str, Any]]:
         """It has ended cleanly; what it told since, the last event last."""
+        events = [self.event()]
+        while events[-1]["event"] != "end":
+            events.append(self.event())
         out, said = self.process.communicate(timeout=LIMIT)
-        assert (self.process.returncode, said) == (0, "")
-        events = [json.loads(line) for line in out.splitlines()]
-        assert events and events[-1]["event"] == "end"
+        assert (self.process.returncode, out, said) == (0, "", "")
         return events
 
 
 @contextmanager
 def serving(*words: str, sockets: int = 1, namespace: Namespace | None = None, **options: Any) -> Iterator[Serving]:
-    """`virtio serve` with these words, once it serves so many sockets, in a network namespace if one is given."""
+    """`virtio serve` with these words, once it serves so many sockets (or connects to them), in a network namespace if one is given."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with ExitStack() as stack:
         with nullcontext() if namespace is None else namespace.entered():
             process = stack.enter_context(started(command("serve", *words), **pipes, text=True, env=environment(), **options))
         made = Serving(process)
         for _ in range(sockets):
-            assert made.event()["event"] == "serving"
+            assert made.event()["event"] == ("connecting" if "--client" in words else "serving")
         yield made

@@ -10,7 +10,7 @@ import click
 
 from virtio.cli.completion import completion
 from virtio.cli.demo import demo
-from virtio.cli.output import DEVELOPER, explain, fail
+from virtio.cli.output import DEVELOPER, explain, fail, tell_of_errors
 from virtio.cli.probe import probe
 from virtio.cli.serve import serve
 from virtio.cli.signals import Quiet, check
@@ -41,6 +41,7 @@ for subcommand in (probe, demo, serve, completion):
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    tell_of_errors()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # no text of a device's is worth an exception

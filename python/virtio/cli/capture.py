@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from virtio import BufferPool, Burst, EventFd
+from virtio.cli.output import CommandError
 
 MAGIC: Final = 0xA1B2_3C4D
 """Times are in nanoseconds."""
@@ -21,11 +22,14 @@ class Capture:
     """Writes whole frames into a file, each burst at once."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Makes the file, or replaces what is in it. OSError: that cannot be."""
-        self._path = path
-        self._error: OSError | None = None
+        """Makes the file, or replaces what is in it. CommandError: that cannot be."""
+        self._path = os.fspath(path)
+        self._error: CommandError | None = None
         self._failed = EventFd()
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # it has a `close` of its own
+        try:
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # it has a `close` of its own
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise CommandError(f"cannot write {self._path}: {error.strerror if isinstance(error, OSError) else error}") from None
         self._write(_FILE.pack(MAGIC, 2, 4, 0, 0, LONGEST, ETHERNET))
         self.frames = 0
 
@@ -34,12 +38,12 @@ class Capture:
         return self._failed.fileno()
 
     def check(self) -> None:
-        """OSError: the file took no more."""
+        """CommandError: the file took no more."""
         if self._error is not None:
             raise self._error
 
     def write(self, burst: Burst, pool: BufferPool) -> None:
-        """The packets of a burst, as they lie in the pool's slots. OSError: the file does not take them, and takes no others then."""
+        """The packets of a burst, as they lie in the pool's slots. CommandError: the file does not take them, nor others then."""
         self.check()
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         count, frames = burst.count, pool.frames
@@ -64,7 +68,7 @@ class Capture:
             while rest:
                 rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
-            self._error = OSError(error.errno, f"{os.fspath(self._path)!r}: {error.strerror}")
+            self._error = CommandError(f"cannot write {self._path}: {error.strerror}")
             self._failed.signal()
             raise self._error from None
 

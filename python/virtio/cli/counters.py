@@ -1,6 +1,6 @@
 """What is counted while devices are served: plain values, for JSON and for a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from virtio import DeviceQueue
@@ -33,6 +33,8 @@ def add(one: Values, other: Values) -> Values:
 
 class Ports:
     """A network device's frames: `received` from the machine, `sent` to it."""
+
+    NAMES = ("received_frames", "received_bytes", "sent_frames", "sent_bytes", "dropped_frames")
 
     def __init__(self, device: NetDevice) -> None:
         self._device = device
@@ -107,10 +109,10 @@ class Queues:
 class Several:
     """The devices of one socket together, those that are gone included."""
 
-    def __init__(self, counted: Callable[[Any], Counted]) -> None:
+    def __init__(self, counted: Callable[[Any], Counted], names: Iterable[str]) -> None:
         self._counted = counted
         self._devices: list[tuple[Device, Counted]] = []
-        self._totals: Values = {}
+        self._totals: Values = dict.fromkeys(names, 0)
 
     def add(self, device: Device) -> None:
         """One more."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from virtio.cli.guest import QEMU, require, uml_programs
 from virtio.cli.initrd import find_kernel
 from virtio.cli.output import console, show_json
+from virtio.cli.parameters import Number
 from virtio.cli.probe import interrupts, size
 from virtio.cli.worker import Emit, Worker
 from virtio.netdev.namespace import CLONE_NEWNET, CLONE_NEWNS
@@ -37,9 +38,7 @@ MOST_SECONDS: Final = 3600
 )
 @click.option("--packed", is_flag=True, help="Use packed rings; without it, split ones.")
 @click.option("--no-offloads", is_flag=True, help="Accept neither checksum nor segmentation offloads.")
-@click.option(
-    "--seconds", type=click.IntRange(1, MOST_SECONDS), default=5, show_default=True, metavar="N", help="How long iperf3 sends, each way."
-)
+@click.option("--seconds", type=Number(1, MOST_SECONDS), default=5, show_default=True, metavar="N", help="How long iperf3 sends, each way.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document at the end instead (its fields: docs/command.md).")
 def demo(qemu: bool, guest: str | None, kernel: Path | None, packed: bool, no_offloads: bool, seconds: int, as_json: bool) -> None:
     """Bring a virtio network interface up, ping through it, and measure it.

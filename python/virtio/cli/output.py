@@ -1,13 +1,21 @@
 """What the command shows: rich on a terminal, plain text in a pipe or file."""
 
+import errno
+import io
 import json
+import os
 import sys
-from typing import Any, Final
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
 
 from virtio.errors import VirtioError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 DEVELOPER: Final = "VIRTIO_TRACEBACK"
 """Environment variable: if set, tracebacks are shown before the one line."""
@@ -18,6 +26,58 @@ PLAIN_WIDTH: Final = 140
 
 class CommandError(Exception):
     """What the user asked for cannot be done; the message is the one line that says why."""
+
+
+class OutputError(OSError):
+    """Standard output takes nothing; says why in one line."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class Output(io.FileIO):
+    """Standard output, whose errors say what it is that could not be written."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """As of any file. OutputError; BrokenPipeError: whoever reads has seen enough."""
+        try:
+            return super().write(data)
+        except (BrokenPipeError, BlockingIOError):
+            raise
+        except OSError as error:
+            why = "it is closed" if error.errno == errno.EBADF else error.strerror
+            raise OutputError(error.errno, f"cannot write to standard output: {why}") from None
+
+    def write_all(self, data: bytes) -> None:
+        """Nothing less."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.write(rest) :]
+
+
+def tell_of_errors() -> None:
+    """Makes standard output an `Output`, if it is a file at all."""
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
+        raw = Output(old.fileno(), "w", closefd=False)
+        layers: Any = raw if old.write_through else io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(layers, old.encoding, line_buffering=old.line_buffering, write_through=old.write_through)
+
+
+@contextmanager
+def aside() -> Iterator[int]:
+    """A context in which what is printed goes to standard error, also by programs that are started: what is to be read by programs stays
+    by itself. Gives a descriptor of standard output."""
+    sys.stdout.flush()
+    number = sys.stdout.fileno()
+    kept = os.dup(number)
+    try:
+        os.dup2(sys.stderr.fileno(), number)
+        with redirect_stdout(sys.stderr):
+            yield kept
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def console() -> Console:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from click.shell_completion import CompletionItem
 
-from virtio.cli.output import CommandError
+from virtio.cli.output import CommandError, aside
 from virtio.cli.own import EndsProgramError, made_by
-from virtio.cli.serve_views import view
+from virtio.cli.parameters import MacAddress, Number, SocketPath
+from virtio.cli.serve_views import View, shown
 from virtio.cli.served import Place, Served
 from virtio.spec import DeviceId
 
 if TYPE_CHECKING:
     from virtio import Device
 
-LONGEST_PATH: Final = 107
-"""Bytes of a socket's path that the kernel takes."""
 MOST_DESCRIPTORS: Final = 1 << 20
 MOST_PAIRS: Final = 127
 """With a control queue, as many queues as vhost-user's ring numbers of 8 bits count."""
@@ -49,44 +47,6 @@ TYPES: Final[dict[int, str]] = {
 """Device types as QEMU's vhost-user.json calls them, by number."""
 
 
-class SocketPath(click.ParamType[str]):
-    """The path of a socket."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """What cannot be one is told before anything else happens."""
-        length = len(os.fsencode(value))
-        if not 0 < length <= LONGEST_PATH or "\0" in value:
-            self.fail(f"{value!r} has {length} bytes: the path of a socket has 1 to {LONGEST_PATH}", param, ctx)
-        return str(value)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """The shell knows files."""
-        return [CompletionItem(incomplete, type="file")]
-
-
-class MacAddress(click.ParamType[bytes]):
-    """The Ethernet address of one device."""
-
-    name = "mac"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
-        """Six numbers in hexadecimal, with colons between them."""
-        if isinstance(value, bytes):
-            return value
-        parts = str(value).split(":")
-        try:
-            mac = bytes(int(part, 16) for part in parts if 1 <= len(part) <= 2 and part.isalnum())
-        except ValueError:
-            mac = b""
-        if len(parts) != 6 or len(mac) != 6:
-            self.fail(f"{value!r} is not six numbers like 52:54:00:12:34:56", param, ctx)
-        if mac[0] & 1 or not any(mac):
-            self.fail(f"{value!r} is not the address of one device", param, ctx)
-        return mac
-
-
 class ServeCommand(click.Command):
     """One type of device. What it can do is told whatever else stands on the command line."""
 
@@ -104,9 +64,7 @@ class ServeCommand(click.Command):
 
 COMMON: Final[Sequence[Callable[[Any], Any]]] = (
     click.option("--socket-path", type=SocketPath(), metavar="PATH", help="Listen at this socket, or connect to it (--client)."),
-    click.option(
-        "--fd", type=click.IntRange(0, MOST_DESCRIPTORS), metavar="N", help="Use this descriptor: a listening or connected socket."
-    ),
+    click.option("--fd", type=Number(0, MOST_DESCRIPTORS), metavar="N", help="Use this descriptor: a listening or connected socket."),
     click.option("--client", is_flag=True, help="Connect, and again whenever the connection is gone."),
     click.option("--packed", is_flag=True, help="Offer packed rings, too."),
     click.option(CAPABILITIES, is_flag=True, help="Print what this back-end can do, as JSON, and exit."),
@@ -163,12 +121,10 @@ def serve() -> None:
     click.option("--tap", metavar="NAME", help="The far end is interface NAME, a TAP: one that is there and free, or a new one."),
     click.option("--peer", type=SocketPath(), metavar="SOCKET", help="The far end is another machine, whose front-end is at SOCKET."),
     click.option("--pcap", type=click.Path(dir_okay=False), metavar="FILE", help="Write frames into a capture that tcpdump reads."),
-    click.option(
-        "--queue-pairs", type=click.IntRange(1, MOST_PAIRS), default=1, metavar="N", help="Offer so many queue pairs; 1 by default."
-    ),
+    click.option("--queue-pairs", type=Number(1, MOST_PAIRS), default=1, metavar="N", help="Offer so many queue pairs; 1 by default."),
     click.option("--no-offloads", is_flag=True, help="Offer neither checksum nor segmentation offloads."),
     click.option("--mac", type=MacAddress(), help="The machine's Ethernet address; without it, a random one."),
-    click.option("--mtu", type=click.IntRange(68, 65535), metavar="N", help="Offer this MTU."),
+    click.option("--mtu", type=Number(68, 65535), metavar="N", help="Offer this MTU."),
     click.option("--print-description", is_flag=True, help="Print what tells management programs of this back-end, and exit."),
 )
 def serve_net(
@@ -193,12 +149,14 @@ def serve_net(
         other = "--peer" if wishes["peer"] is not None else "--pcap"
         hint = "" if other == "--peer" else f": run tcpdump -i {wishes['tap']} beside it"
         raise click.UsageError(f"--tap does not go together with {other}{hint}")
+    if wishes["pcap"] == "":
+        raise click.BadParameter("no file has an empty name", param_hint="'--pcap'")
     if socket_path is not None and wishes["peer"] is not None and os.path.realpath(socket_path) == os.path.realpath(wishes["peer"]):
         raise click.UsageError(f"--peer is another machine's socket: --socket-path is {socket_path} already")
     from virtio.cli.serve_net import Wishes, serve_net
 
-    with ExitStack() as stack:
-        served = Served(stack, view())
+    with shown() as view, ExitStack() as stack:
+        served = Served(stack, view)
         serve_net(served, where, Wishes(**wishes))
         served.run()
 
@@ -216,13 +174,15 @@ def serve_rng(socket_path: str | None, fd: int | None, client: bool, packed: boo
     """An entropy device for each front-end that connects."""
     from virtio.devices.rng import RngDevice
 
-    _serve_any(RngDevice, place(socket_path, fd, client, packed), "an entropy device")
+    where = place(socket_path, fd, client, packed)
+    with shown() as view:
+        _serve_any(view, RngDevice, RngDevice.queues, where, "an entropy device")
 
 
-def _serve_any(make: "Callable[[], Device]", where: Place, what: str) -> None:
+def _serve_any(view: View, make: "Callable[[], Device]", queues: Sequence[str], where: Place, what: str) -> None:
     from virtio.cli.counters import Queues, Several
 
-    counted = Several(Queues)
+    counted = Several(Queues, queues)
 
     def made() -> "Device":
         device = make()
@@ -230,7 +190,7 @@ def _serve_any(make: "Callable[[], Device]", where: Place, what: str) -> None:
         return device
 
     with ExitStack() as stack:
-        served = Served(stack, view())
+        served = Served(stack, view)
         served.add(where, made, counted, what)
         served.run()
 
@@ -240,7 +200,8 @@ def _own(target: str) -> click.Command:
     file, _, name = target.rpartition(":")
 
     def kind() -> str:
-        number = int(own_class(file, name).device_id)
+        with aside():
+            number = int(own_class(file, name).device_id)
         return TYPES.get(number, str(number))
 
     @click.command(target, cls=ServeCommand, kind=kind)
@@ -248,9 +209,10 @@ def _own(target: str) -> click.Command:
     def command(socket_path: str | None, fd: int | None, client: bool, packed: bool, print_capabilities: bool) -> None:
         """A device of your own for each front-end that connects: its class is called without arguments."""
         where = place(socket_path, fd, client, packed)
-        made = own_class(file, name)
-        _checked(made, target)  # what it raises is told before anybody connects
-        _serve_any(lambda: made_by(made), where, target)
+        with shown() as view:
+            made = own_class(file, name)
+            queues = _checked(made, target).queues  # what it raises is told before anybody connects
+            _serve_any(view, lambda: made_by(made), queues, where, target)
 
     return command
 
@@ -285,9 +247,9 @@ def own_class(file: str, name: str) -> "type[Device]":
     return found
 
 
-def _checked(make: "type[Device]", target: str) -> None:
+def _checked(make: "type[Device]", target: str) -> "Device":
     try:
-        made_by(make)
+        return made_by(make)
     except EndsProgramError as error:
         raise CommandError(f"{target}: {error}") from error
     except Exception as error:

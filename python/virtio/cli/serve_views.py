@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from virtio.cli.output import console, one_line
+from virtio.cli.output import Output, aside, console, one_line
 
 
 class View(Protocol):
@@ -27,7 +27,8 @@ class View(Protocol):
 class Lines:
     """JSON, a line an event: its `event`, and its values. Events may come from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, descriptor: int) -> None:
+        self._out = Output(descriptor, "w", closefd=False)
         self._lock = Lock()
 
     @contextmanager
@@ -38,7 +39,7 @@ class Lines:
     def emit(self, kind: str, /, **values: Any) -> None:
         """Written at once."""
         with self._lock:
-            print(json.dumps({"event": kind, **values}), flush=True)
+            self._out.write_all(json.dumps({"event": kind, **values}).encode() + b"\n")
 
 
 class Screen:
@@ -59,10 +60,12 @@ class Screen:
         match kind:
             case "serving":
                 self._say(f"{values['what']} at {values['socket']}")
+            case "connecting":
+                self._say(f"{values['what']}, connecting to {values['socket']} whenever somebody listens there")
             case "connected" | "disconnected":
                 self._say(f"{values['socket']}: {kind}, {values['connections']} connected now")
             case "error":
-                self._say(one_line(values["text"]), style="red")
+                self._say(f"{values['socket']}: {one_line(values['text'])}", style="red")
             case "counters" | "end":
                 self._live.update(table(values["devices"]), refresh=True)
 
@@ -82,6 +85,11 @@ def table(devices: list[dict[str, Any]]) -> Table:
     return made
 
 
-def view() -> View:
-    """By where standard output goes."""
-    return Screen(console()) if sys.stdout.isatty() else Lines()
+@contextmanager
+def shown() -> Iterator[View]:
+    """By where standard output goes. Lines of JSON have that for themselves: what a user's class prints goes to standard error."""
+    if sys.stdout.isatty():
+        yield Screen(console())
+    else:
+        with aside() as out:
+            yield Lines(out)

@@ -43,9 +43,9 @@ class Served:
         self.patches: list[Patch] = []
         self.ends: list[End] = []
 
-    def report(self, error: Exception) -> None:
-        """A front-end's mistake, or a driver's."""
-        self._view.emit("error", text=told(error))
+    def report(self, name: str, error: Exception) -> None:
+        """A front-end's mistake, or a driver's, at the socket of this name. Any thread may tell."""
+        self._view.emit("error", socket=name, text=told(error))
 
     def add(self, where: Place, device: "Device | Callable[[], Device]", counted: Any, what: str, withheld: Any = ()) -> "Backend":
         """CommandError, TransportError: the socket cannot be had."""
@@ -58,10 +58,10 @@ class Served:
         target: str | int = where.fd if where.socket_path is None else where.socket_path  # type: ignore[assignment]
         # QEMU would offer RING_RESET to its guest, and keep from a back-end that a queue was reset.
         kept = Features(withheld) | {Feature.RING_RESET} | (set() if where.packed else {Feature.RING_PACKED})
-        backend = Backend(target, device, where.client, report=self.report, withheld=kept)
+        errors: list[Exception] = []
+        backend = Backend(target, device, where.client, report=errors.append, withheld=kept)
         self.stack.enter_context(backend)
-        self._sockets.append(Serving(where.name, backend, counted))
-        self._view.emit("serving", socket=where.name, what=what)
+        self._sockets.append(Serving(where.name, backend, counted, what, "connecting" if where.client else "serving", errors))
         return backend
 
     def run(self) -> None:
@@ -69,7 +69,7 @@ class Served:
         from virtio.cli.serving import Server, stopping
 
         with stopping() as asked, self._view.showing():
-            Server(self._sockets, self._view.emit, patches=self.patches, ends=self.ends).run(asked)
+            Server(self._sockets, self._view.emit, self.report, patches=self.patches, ends=self.ends).run(asked)
 
 
 def _is_socket(path: str) -> bool:

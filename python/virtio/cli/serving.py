@@ -29,6 +29,11 @@ class Serving(NamedTuple):
     name: str
     backend: Backend
     counted: Counted
+    what: str
+    opening: str
+    """The event that tells of it."""
+    errors: list[Exception]
+    """What the back-end reported, and was not told yet."""
 
 
 class End(Protocol):
@@ -69,8 +74,16 @@ def stopping() -> Iterator[EventFd]:
 class Server:
     """Serves until a signal, or until no front-end can come any more."""
 
-    def __init__(self, sockets: Sequence[Serving], emit: Emit, *, patches: Sequence[Patch] = (), ends: Sequence[End] = ()) -> None:
-        self._sockets, self._emit = sockets, emit
+    def __init__(
+        self,
+        sockets: Sequence[Serving],
+        emit: Emit,
+        report: Callable[[str, Exception], object],
+        *,
+        patches: Sequence[Patch] = (),
+        ends: Sequence[End] = (),
+    ) -> None:
+        self._sockets, self._emit, self._report = sockets, emit, report
         self._patches, self._ends = patches, ends
         self._connections = [0] * len(sockets)
         self._accepted = [0] * len(sockets)
@@ -86,6 +99,8 @@ class Server:
         self._told = self._count()
         following = self._began + INTERVAL
         try:
+            for socket in self._sockets:
+                self._emit(socket.opening, socket=socket.name, what=socket.what)
             while not asked.wait(0) and not all(socket.backend.ended for socket in self._sockets):
                 watch.poll(self._timeout(following))
                 self._turn()
@@ -107,21 +122,25 @@ class Server:
         return min(waits) * 1000 if waits else None
 
     def _turn(self) -> None:
-        for index, (name, backend, counted) in enumerate(self._sockets):
+        for index, socket in enumerate(self._sockets):
+            backend = socket.backend
             backend.process(0.0)
-            counted.look()
-            came, now = backend.accepted - self._accepted[index], backend.connections
-            left = self._connections[index] + came - now
-            self._accepted[index], self._connections[index] = backend.accepted, now
-            for kind, count in (("connected", came), ("disconnected", left)):
-                for _ in range(count):
-                    self._emit(kind, socket=name, connections=now)
+            socket.counted.look()
+            while self._accepted[index] < backend.accepted:
+                self._accepted[index] += 1
+                self._connections[index] += 1
+                self._emit("connected", socket=socket.name, connections=self._connections[index])
+            while socket.errors:
+                self._report(socket.name, socket.errors.pop(0))
+            while self._connections[index] > backend.connections:
+                self._connections[index] -= 1
+                self._emit("disconnected", socket=socket.name, connections=self._connections[index])
         for patch in self._patches:
             if patch.holds:
                 patch.look()
 
     def _count(self) -> list[dict[str, Any]]:
-        return [{"socket": name, "live": counted.live, **counted.count()} for name, _, counted in self._sockets]
+        return [{"socket": socket.name, "live": socket.counted.live, **socket.counted.count()} for socket in self._sockets]
 
     def _tell(self) -> None:
         counts = self._count()

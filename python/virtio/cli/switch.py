@@ -1,7 +1,7 @@
 """Network devices whose frames go somewhere in this process: nowhere, into a capture, or to the device of another machine."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Final, Self
 
@@ -103,16 +103,18 @@ class Patch(NetDevice):
     def pair_of(
         cls,
         capture: Capture | None,
-        report: Callable[[Exception], object],
+        reports: Iterable[Callable[[Exception], object]],
         *,
         macs: tuple[bytes | None, bytes | None],
         queue_pairs: int,
         **options: Any,
     ) -> tuple[Self, Self]:
-        """Both ends, with one pool for their frames."""
+        """Both ends, with one pool for their frames. Each tells of its own machine's mistakes."""
         slots = SLOTS * queue_pairs
         pool = BufferPool(Memory(slots * SLOT_SIZE + (1 << 12)), slots, slot_size=SLOT_SIZE)
-        one, other = (cls(capture, report, pool=pool, mac=mac, queue_pairs=queue_pairs, **options) for mac in macs)
+        one, other = (
+            cls(capture, report, pool=pool, mac=mac, queue_pairs=queue_pairs, **options) for report, mac in zip(reports, macs, strict=True)
+        )
         one._other, other._other = other, one
         return one, other
 

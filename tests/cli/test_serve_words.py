@@ -1,0 +1,154 @@
+"""What `virtio serve` says and to whom: events in their order, standard output that is theirs alone, and lines that tell what is wrong."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import LIMIT, command, environment, failed, run, started
+from tests.cli.serving import Serving, serving
+from tests.cli.test_serve import read, with_ring
+
+TALKS = """
+import os
+import subprocess
+import virtio
+
+print("imported")
+
+class Talks(virtio.Device):
+    device_id = virtio.DeviceId.ENTROPY
+    queues = ("requestq",)
+
+    def __init__(self):
+        super().__init__()
+        print("made")
+
+    def on_requestq(self, queue):
+        for chain in queue.pop(limit=64):
+            print("asked")
+            subprocess.run(["echo", "of a program"], check=True)
+            queue.complete(chain, chain.write(bytes([4] * min(chain.writable, 4096))))
+        queue.publish()
+"""
+NET = ("received_frames", "received_bytes", "sent_frames", "sent_bytes", "dropped_frames")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> str:
+    (tmp_path / "talks.py").write_text(TALKS)
+    return f"{tmp_path / 'talks.py'}:Talks"
+
+
+def test_what_a_class_prints_goes_to_standard_error(path: Path, talks: str) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(command("serve", talks, "--socket-path", str(path)), **pipes, text=True, env=environment()) as process:
+        served = Serving(process)
+        served.until("serving")
+        with with_ring(path) as frontend:
+            assert read(frontend, 16) == bytes([4] * 16)
+        served.until("disconnected")
+        process.terminate()
+        served.until("end")
+        out, said = process.communicate(timeout=LIMIT)
+    assert (out, process.returncode) == ("", 0)
+    assert said.splitlines() == ["imported", "made", "made", "asked", "of a program"]
+    done = run("serve", talks, "--print-capabilities")
+    assert (json.loads(done.stdout), done.stderr) == ({"type": "rng"}, "imported\n")
+
+
+def test_nothing_is_served_before_everything_can_be(path: Path, tmp_path: Path) -> None:
+    done = run("serve", "net", "--socket-path", str(path), "--peer", str(tmp_path / "missing" / "t"))
+    assert "missing/t: No such file or directory" in failed(done, 1)
+    assert done.stdout == "" and not path.exists()
+
+
+@pytest.mark.parametrize("words", [("net",), ("net", "--peer", "{folder}/t")])
+def test_who_connects_says_so_and_counts_from_the_start(path: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    found = [word.format(folder=tmp_path) for word in words]
+    with serving(*found, "--socket-path", str(path), "--client", sockets=1 + ("--peer" in words)) as served:
+        assert served.seen[0]["socket"] == str(path)
+        for device in served.end()[-1]["devices"]:
+            assert device == {"socket": device["socket"], "live": False, **dict.fromkeys(NET, 0)}
+
+
+def test_who_cannot_be_connected_to_is_told_once(path: Path) -> None:
+    with serving("rng", "--socket-path", str(path), "--client") as served:
+        path.write_text("")  # meanwhile
+        assert served.until("error") == {"event": "error", "socket": str(path), "text": f"cannot connect to {path}: it is not a socket"}
+        path.unlink()
+        assert [event["event"] for event in served.end()] == ["end"]
+
+
+def test_rubbish_is_told_between_its_connection_and_its_end(path: Path) -> None:
+    with serving("rng", "--socket-path", str(path)) as served:
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as rubbish:
+                rubbish.connect(str(path))
+                rubbish.sendall(b"x" * 40)
+            seen = [served.event() for _ in range(3)]
+            assert [(event["event"], event.get("connections")) for event in seen] == [
+                ("connected", 1),
+                ("error", None),
+                ("disconnected", 0),
+            ]
+            assert seen[1] == {"event": "error", "socket": str(path), "text": "version 0 of a message is not 1 (vhost-user header)"}
+        served.end()
+
+
+def test_a_connection_that_is_over_already_has_its_events(path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.close()
+        with serving("rng", "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()]) as served:
+            events = served.ended()
+    assert [(event["event"], event.get("connections")) for event in events] == [("connected", 1), ("disconnected", 0), ("end", None)]
+
+
+def test_a_descriptor_that_neither_listens_nor_is_connected() -> None:
+    with socket.socket(socket.AF_UNIX) as idle:
+        words = command("serve", "rng", "--fd", str(idle.fileno()))
+        done = subprocess.run(words, pass_fds=[idle.fileno()], capture_output=True, text=True, timeout=LIMIT, env=environment())
+    assert failed(done, 1) == f"virtio: descriptor {words[-1]} is a Unix socket that neither listens nor is connected"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("net", "--pcap", ""), 2, "Invalid value for '--pcap': no file has an empty name"),
+        (("net", "--pcap", "/dev/full"), 1, "cannot write /dev/full: No space left on device"),
+        (("net", "--pcap", "/nowhere/c"), 1, "cannot write /nowhere/c: No such file or directory"),
+        (("net", "--mtu", "abc"), 2, "Invalid value for '--mtu': 'abc' is not a valid number."),
+        (("net", "--queue-pairs", "1.5"), 2, "Invalid value for '--queue-pairs': '1.5' is not a valid number."),
+    ],
+)
+def test_what_is_wrong_is_said_once(path: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    more = " (virtio serve net --help tells more)" if code == 2 else ""
+    assert failed(run("serve", *words, "--socket-path", str(path)), code) == f"virtio: {said}{more}"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [("serve", "rng", "--socket-path", "{path}"), ("probe", "emulated:rng"), ("serve", "--help")])
+@pytest.mark.parametrize(("where", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+def test_output_that_goes_nowhere_is_told(path: Path, words: tuple[str, ...], where: str, why: str, unbuffered: str) -> None:
+    line = [word.format(path=path) for word in command(*words)]
+    environ = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {where}', "sh", *line],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stderr) == (1, f"virtio: cannot write to standard output: {why}\n")
+    assert not path.exists()
