@@ -86,6 +86,9 @@ impl Region {
     }
 }
 
+/// How far ahead of a copy cache lines are asked for: two lines of most processors.
+const PREFETCHED: usize = 128;
+
 /// All regions of a guest, sorted by address.
 #[derive(Debug)]
 pub struct RegionTable {
@@ -247,6 +250,17 @@ impl RegionTable {
     #[inline(always)]
     pub fn place(&self, address: u64, len: usize) -> Option<Place<'_>> {
         self.locate(address, len).map(|start| Place { table: self, address, start, len })
+    }
+
+    /// Asks the processor for the cache lines of the first and the last of some bytes that are about to be written, which another core may
+    /// have; of many bytes, those up to [`PREFETCHED`]: longer copies run ahead by themselves. What is not mapped in one piece is left alone.
+    #[inline(always)]
+    pub fn prefetch_write(&self, address: u64, len: usize) {
+        let len = len.min(PREFETCHED);
+        if let Some(start) = self.locate(address, len) {
+            raw::prefetch_write(start.as_ptr());
+            raw::prefetch_write(start.as_ptr().wrapping_add(len.saturating_sub(1)));
+        }
     }
 
     /// Bytes in one piece, which keep their mapping alive.

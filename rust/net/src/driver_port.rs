@@ -372,8 +372,8 @@ pub(crate) fn release(held: &Held, state: &mut PoolState, used: &Used) -> Result
 pub fn fill_clean(state: &mut PoolState, burst: &Burst, rules: &Rules) -> Result<usize, BurstError> {
     let count = burst.fill(state);
     for row in 0..count {
-        let at = burst.pool().slot_offset(burst.row(row).slot as u32) + HEADROOM - rules.header;
-        burst.pool().mapping().write(at, &[0; HEADROOM][..rules.header])?;
+        let at = burst.pool().slot_offset(burst.row(row).slot as u32) + HEADROOM;
+        zero_header(burst.pool().mapping(), at, rules.header)?;
     }
     Ok(count)
 }

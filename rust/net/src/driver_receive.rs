@@ -3,7 +3,7 @@
 use crate::driver::{DriverBursts, Held, LAST, LINKED, Link, links};
 use crate::driver_port::{release, token};
 use crate::error::BurstError;
-use crate::header::{Header, MAX_FRAME, Reason};
+use crate::header::{MAX_FRAME, Reason};
 use crate::port::{Frames, Rules, Traffic, read_header, write_header};
 use virtio_memory::{BufferPool, Burst, HEADROOM, MemoryError, PoolState, Row};
 use virtqueue::{Buffer, Direction, DriverQueue, DriverRing, Form, RingError, Segment, Used};
@@ -249,7 +249,7 @@ impl DriverBursts {
         }
         let header = read_header(&held.pool, &head, rules)?;
         if rules.mergeable {
-            let buffers = usize::from(header.num_buffers);
+            let buffers = usize::from(header.num_buffers());
             if buffers == 0 || buffers > self.ready.len() + usize::from(queue.outstanding()) {
                 traffic.drop(Reason::NumBuffers);
                 return Ok(true);
@@ -301,7 +301,7 @@ impl DriverBursts {
             row.more = false;
         }
         match rules.incoming.incoming(header, self.rows.iter().map(|row| u64::from(row.length)).sum()) {
-            Ok(known) => write_header(&held.pool, &head, rules, &Header { num_buffers: header.num_buffers, ..known })?,
+            Ok(known) => write_header(&held.pool, &head, rules, &known.with_num_buffers(header.num_buffers()))?,
             Err(reason) => {
                 self.rows.clear();
                 traffic.drop(reason);
@@ -351,7 +351,7 @@ fn simple(pool: &BufferPool, used: &Used, rules: &Rules) -> Result<Simple, Memor
     }
     let row = Row { slot: used.token as u32, offset: HEADROOM as u32, length: used.len - rules.header as u32, more: false };
     let header = read_header(pool, &row, rules)?;
-    if rules.mergeable && header.num_buffers != 1 {
+    if rules.mergeable && header.num_buffers() != 1 {
         return Ok(Simple::No);
     }
     match rules.incoming.incoming(header, row.length.into()) {

@@ -98,9 +98,19 @@ impl Reason {
     ];
 }
 
-/// The fields that every header has.
+/// The first twelve bytes of a header, in two words: headers pass through registers, since one that was stored byte by byte and is loaded in
+/// words again waits for every store before it, the frame's bytes in the other end's memory among them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
+    /// `flags` to `csum_start`.
+    first: u64,
+    /// `csum_offset` and `num_buffers`.
+    last: u32,
+}
+
+/// The fields that every header has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fields {
     /// `F_*` bits.
     pub flags: u8,
     /// One of `GSO_*`, perhaps with `GSO_ECN`.
@@ -121,35 +131,65 @@ impl Header {
     /// Bytes of these fields.
     pub const SIZE: usize = 12;
 
-    /// The fields in these bytes.
+    /// The header in these bytes.
     #[inline]
     pub fn parse(bytes: &[u8; Self::SIZE]) -> Self {
-        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        Header {
-            flags: bytes[0],
-            gso_type: bytes[1],
-            hdr_len: word(2),
-            gso_size: word(4),
-            csum_start: word(6),
-            csum_offset: word(8),
-            num_buffers: word(10),
+        let [a, b, c, d, e, f, g, h, last @ ..] = *bytes;
+        Header { first: u64::from_le_bytes([a, b, c, d, e, f, g, h]), last: u32::from_le_bytes(last) }
+    }
+
+    /// Its bytes.
+    #[inline]
+    pub fn bytes(&self) -> [u8; Self::SIZE] {
+        let [a, b, c, d, e, f, g, h] = self.first.to_le_bytes();
+        let [i, j, k, l] = self.last.to_le_bytes();
+        [a, b, c, d, e, f, g, h, i, j, k, l]
+    }
+
+    /// Its fields.
+    pub fn fields(&self) -> Fields {
+        let word = |at: u32| (self.first >> at) as u16;
+        Fields {
+            flags: self.first as u8,
+            gso_type: (self.first >> 8) as u8,
+            hdr_len: word(16),
+            gso_size: word(32),
+            csum_start: word(48),
+            csum_offset: self.last as u16,
+            num_buffers: self.num_buffers(),
         }
     }
 
-    /// The bytes of these fields.
+    /// Towards the driver: the buffers of this packet. Else 0.
     #[inline]
-    pub fn bytes(&self) -> [u8; Self::SIZE] {
-        let words = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset, self.num_buffers].map(u16::to_le_bytes);
-        let [[a, b], [c, d], [e, f], [g, h], [i, j]] = words;
-        [self.flags, self.gso_type, a, b, c, d, e, f, g, h, i, j]
+    pub fn num_buffers(&self) -> u16 {
+        (self.last >> 16) as u16
     }
 
-    /// Whether it claims nothing.
+    /// The same, with another number of buffers.
+    #[inline]
+    #[must_use]
+    pub fn with_num_buffers(self, count: u16) -> Self {
+        Header { last: self.last & 0xffff | u32::from(count) << 16, ..self }
+    }
+
+    /// Whether it claims nothing: no flag, no segmentation.
     #[inline]
     pub fn is_plain(&self) -> bool {
-        self.flags == 0 && self.gso_type == GSO_NONE
+        self.first & 0xffff == 0
     }
+}
 
+impl From<Fields> for Header {
+    fn from(fields: Fields) -> Self {
+        let bytes = [fields.flags, fields.gso_type];
+        let words = [u16::from_le_bytes(bytes), fields.hdr_len, fields.gso_size, fields.csum_start];
+        let first = words.iter().rev().fold(0, |all, word| all << 16 | u64::from(*word));
+        Header { first, last: u32::from(fields.csum_offset) | u32::from(fields.num_buffers) << 16 }
+    }
+}
+
+impl Fields {
     /// Whether the checksum's two bytes lie inside a packet of this length.
     fn checksum_is_inside(&self, length: u64) -> bool {
         u64::from(self.csum_start) + u64::from(self.csum_offset) + 2 <= length
@@ -214,8 +254,8 @@ impl Offloads {
     }
 
     /// The flags and fields that mean something; unknown flags are ignored (5.1.6.2.2, 5.1.6.4.2).
-    fn known(&self, header: Header, length: u64) -> Header {
-        let mut known = Header { flags: header.flags & F_NEEDS_CSUM, num_buffers: header.num_buffers, ..Header::default() };
+    fn known(&self, header: Fields, length: u64) -> Fields {
+        let mut known = Fields { flags: header.flags & F_NEEDS_CSUM, num_buffers: header.num_buffers, ..Fields::default() };
         if self.valid {
             known.flags |= header.flags & F_DATA_VALID;
         }
@@ -237,8 +277,12 @@ impl Offloads {
     #[inline]
     pub fn incoming(&self, header: Header, length: u64) -> Result<Header, Reason> {
         if header.is_plain() {
-            return Ok(Header { num_buffers: header.num_buffers, ..Header::default() });
+            return Ok(Header::default().with_num_buffers(header.num_buffers()));
         }
+        self.incoming_claims(header.fields(), length).map(Header::from)
+    }
+
+    fn incoming_claims(&self, header: Fields, length: u64) -> Result<Fields, Reason> {
         let known = self.known(header, length);
         let needs = known.flags & F_NEEDS_CSUM != 0;
         if needs && !(self.csum && known.checksum_is_inside(length)) {
@@ -260,7 +304,11 @@ impl Offloads {
         if header.is_plain() {
             return Ok((Header::default(), false));
         }
-        let mut known = Header { num_buffers: 0, ..self.known(header, length) };
+        self.outgoing_claims(header.fields(), length).map(|(known, complete)| (known.into(), complete))
+    }
+
+    fn outgoing_claims(&self, header: Fields, length: u64) -> Result<(Fields, bool), Reason> {
+        let known = Fields { num_buffers: 0, ..self.known(header, length) };
         let needs = known.flags & F_NEEDS_CSUM != 0;
         if needs && !known.checksum_is_inside(length) {
             return Err(Reason::Checksum);
@@ -274,8 +322,7 @@ impl Offloads {
             }
         }
         if needs && !self.csum {
-            known = Header::default();
-            return Ok((known, true));
+            return Ok((Fields::default(), true));
         }
         Ok((known, false))
     }

@@ -196,7 +196,8 @@ fn complete_checksum(pool: &BufferPool, rows: &[Row], header: &Header, scratch: 
         scratch.resize(start + row.length as usize, 0);
         pool.mapping().read(pool.slot_offset(row.slot) + row.offset as usize, &mut scratch[start..])?;
     }
-    let (start, offset) = (usize::from(header.csum_start), usize::from(header.csum_offset));
+    let fields = header.fields();
+    let (start, offset) = (usize::from(fields.csum_start), usize::from(fields.csum_offset));
     let Some(bytes) = checksum::complete(scratch, start, offset) else { return Ok(()) };
     // The two bytes may stand in two rows.
     for (index, byte) in bytes.iter().enumerate() {

@@ -46,6 +46,17 @@ fn nothing_moves_unless_the_whole_span_is_mapped() {
 }
 
 #[test]
+fn bytes_are_asked_for_ahead_wherever_they_are_said_to_be() {
+    let table = table(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
+    for (address, len) in [(0x1000, 0), (0x1ff0, 16), (0x1ff0, 64), (0x2fff, 1), (0x2fff, 2), (0x3000, 1), (0, 1), (u64::MAX, usize::MAX)] {
+        table.prefetch_write(address, len);
+    }
+    let mut all = vec![0xff; 0x2000];
+    table.read(0x1000, &mut all).unwrap();
+    assert!(all.iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn a_place_is_in_one_region_and_nothing_leaves_it() {
     let table = table(&[(0x1000, 0x1000), (0x2000, 0x1000)]);
     assert!(

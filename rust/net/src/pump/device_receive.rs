@@ -231,7 +231,7 @@ impl DeviceReceive {
         }
         let buffers = (self.completions.len() - from) as u16;
         let mut head = [0; MAX_HEADER];
-        head[..Header::SIZE].copy_from_slice(&Header { num_buffers: buffers, ..outgoing }.bytes());
+        head[..Header::SIZE].copy_from_slice(&outgoing.with_num_buffers(buffers).bytes());
         let mut at = 0;
         for segment in self.batch.writable(&chains[0]) {
             let count = (self.rules.header - at).min(segment.len as usize);

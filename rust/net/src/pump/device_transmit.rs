@@ -76,7 +76,7 @@ impl DeviceTransmit {
             }
         };
         let mut head = [0; MAX_HEADER];
-        head[..Header::SIZE].copy_from_slice(&Header { num_buffers: 0, ..incoming.header }.bytes());
+        head[..Header::SIZE].copy_from_slice(&incoming.header.with_num_buffers(0).bytes());
         let frame = behind(segments.iter().map(|segment| (segment.address, segment.len)), self.rules.header);
         match written(memory.writev_after(tap, &head[..self.rules.header], frame, &mut self.vecs))? {
             Ok(Written::Taken) => {

@@ -167,7 +167,7 @@ impl DriverReceive {
         }
         if found.is_ok() && self.rules.mergeable {
             // driver-11: they are all there, or the packet is dropped with those that are.
-            let wanted = usize::from(Header::parse(&bytes).num_buffers);
+            let wanted = usize::from(Header::parse(&bytes).num_buffers());
             let most = usize::from(queue.outstanding()) + self.ready.len() + bursts.ready();
             if !(1..=most).contains(&wanted) {
                 found = Err(Reason::NumBuffers);
@@ -191,7 +191,7 @@ impl DriverReceive {
         let mut moved = 0;
         let outcome = believed.map(|believed| {
             let mut head = [0; MAX_HEADER];
-            head[..Header::SIZE].copy_from_slice(&Header { num_buffers: 0, ..believed }.bytes());
+            head[..Header::SIZE].copy_from_slice(&believed.with_num_buffers(0).bytes());
             let frame = behind(self.pieces.iter().copied(), header);
             written(table.writev_after(tap, &head[..header], frame, &mut self.vecs))
         });
