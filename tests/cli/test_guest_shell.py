@@ -130,7 +130,10 @@ def test_no_kernel_is_told_with_its_package(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CommandError, match=r"no kernel in .*linux-image-cloud-amd64"):
         find_kernel(tmp_path)
     monkeypatch.setattr("virtio.cli.initrd.places", lambda: [tmp_path])
-    with pytest.raises(CommandError, match="install the Debian package linux-image-cloud-amd64"):
+    with pytest.raises(CommandError, match=r"make guest-tools in .* unpacks one, or install the Debian package linux-image-cloud-amd64"):
+        find_kernel()
+    monkeypatch.setattr("virtio.cli.initrd.CLONE", tmp_path)  # installed by pip
+    with pytest.raises(CommandError, match=r"^no kernel for the guest: install the Debian package linux-image-cloud-amd64"):
         find_kernel()
 
 

@@ -57,8 +57,36 @@ def test_types_by_name_and_number_or_none(path: str) -> None:
     assert report["config"] == {}
     text = run("probe", f"vhost-user:{path}").stdout
     assert "device type not told" in text and "CONFIGURE_MEM_SLOTS" in text and "bit 5" in text
-    line = failed(run("probe", f"vhost-user:{path},type=nonsense"), 2)
-    assert "'nonsense' is no device type" in line
+    assert report["queues"] == [{"index": 0, "name": None, "size": None}]
+    assert "  0  unnamed  size not told" in text
+    for option, number in (
+        ("type=fs", DeviceId.FILE_SYSTEM),
+        ("type=balloon", DeviceId.TRADITIONAL_BALLOON),
+        ("type=vsock", DeviceId.SOCKET),
+    ):
+        assert probe(f"vhost-user:{path},{option}")["device"]["type"] == number
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("s,type=nonsense", "'nonsense' is no device type"),
+        ("s,type=", "'' is no device type"),
+        ("s,typ=net", "'typ' is no option of a vhost-user back-end's: type=TYPE is the only one"),
+        ("s,type=net,type=rng", "type= is told twice"),
+        (",type=net", "0 bytes, not 1 to 107"),
+        ("/" + "x" * 107, "108 bytes, not 1 to 107"),
+    ],
+)
+def test_targets_that_cannot_be(target: str, said: str) -> None:
+    assert said in failed(run("probe", f"vhost-user:{target}"), 2)
+
+
+def test_a_socket_whose_name_has_a_comma(tmp_path: Path) -> None:
+    for name in ("a,b", "a,type=net", "a,b=c,d"):
+        with Serving(str(tmp_path / name)) as backend:
+            assert probe(f"vhost-user:{backend.path}")["device"]["type"] == 0
+            assert probe(f"vhost-user:{backend.path},type=net")["device"]["type"] == DeviceId.NETWORK
 
 
 def test_places_where_no_back_end_is(tmp_path: Path) -> None:
@@ -70,7 +98,6 @@ def test_places_where_no_back_end_is(tmp_path: Path) -> None:
         (str(tmp_path / "none"), "No such file or directory"),
         (str(plain), "it is not a socket"),
         (dead, "Connection refused"),
-        ("/" + "x" * 107, "108 bytes, not 1 to 107"),
     ):
         assert why in failed(run("probe", f"vhost-user:{where}"), 1)
 

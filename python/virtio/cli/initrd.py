@@ -17,6 +17,8 @@ from typing import Final, NamedTuple
 from virtio.cli.output import CommandError
 
 KERNEL_PACKAGE: Final = "linux-image-cloud-amd64"
+CLONE: Final = Path(__file__).resolve().parents[3]
+"""Where the project is, if the package was not installed but is used from there."""
 MODULES: Final = ("virtio_pci", "virtio_net")
 """What a guest with our network device loads, after what these need."""
 PROGRAMS: Final = {"busybox": "busybox-static", "ping": "iputils-ping", "iperf3": "iperf3"}
@@ -54,8 +56,10 @@ def find_kernel(where: Path | None = None) -> Kernel:
         if found:
             return max(found, key=lambda kernel: [int(each) for each in re.findall(r"\d+", kernel.release)])
     if where is None:
+        ours = f"make guest-tools in {CLONE} unpacks one, or " if (CLONE / "scripts/guest.sh").exists() else ""
         raise CommandError(
-            f"no kernel for the guest: install the Debian package {KERNEL_PACKAGE}, or name a folder where it is unpacked by --kernel"
+            f"no kernel for the guest: {ours}install the Debian package {KERNEL_PACKAGE}, "
+            "or unpack what that depends on (dpkg-deb -x) and name the folder by --kernel"
         )
     raise CommandError(f"no kernel in {where}: unpack the Debian package that {KERNEL_PACKAGE} depends on there (dpkg-deb -x)")
 

@@ -7,6 +7,26 @@ from typing import Any, Final, NamedTuple
 from virtio.features import Features
 from virtio.spec import DeviceId
 
+TYPES: Final[dict[int, str]] = {
+    DeviceId.NETWORK: "net",
+    DeviceId.BLOCK: "block",
+    DeviceId.CONSOLE: "console",
+    DeviceId.ENTROPY: "rng",
+    DeviceId.TRADITIONAL_BALLOON: "balloon",
+    DeviceId.RPMSG: "rpmsg",
+    DeviceId.SCSI_HOST: "scsi",
+    DeviceId.TRANSPORT_9P: "9p",
+    DeviceId.RPROC_SERIAL: "rproc-serial",
+    DeviceId.CAIF: "caif",
+    DeviceId.MEMORY_BALLOON: "balloon",
+    DeviceId.GPU: "gpu",
+    DeviceId.INPUT: "input",
+    DeviceId.SOCKET: "vsock",
+    DeviceId.CRYPTO: "crypto",
+    DeviceId.FILE_SYSTEM: "fs",
+}
+"""Device types as QEMU's vhost-user.json calls them, by number."""
+
 
 class ConfigField(NamedTuple):
     """A field of the configuration: bytes at an offset, there if one of these features is offered (always, if there are none)."""

@@ -58,7 +58,7 @@ def show(out: Console, report: dict[str, Any]) -> None:
     features = report["features"]["offered"]
     _section(out, f"features offered ({len(features)})", [(str(each["bit"]), each["name"] or f"bit {each['bit']}") for each in features])
     _section(out, "configuration", [(name, str(value)) for name, value in report["config"].items()])
-    _section(out, "queues", [(str(each["index"]), each["name"] or "", _entries(each["size"])) for each in report["queues"]])
+    _section(out, "queues", [(str(each["index"]), each["name"] or "unnamed", _entries(each["size"])) for each in report["queues"]])
 
 
 def _entries(size: int | None) -> str:

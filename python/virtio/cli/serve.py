@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from virtio.cli.kinds import TYPES
 from virtio.cli.output import CommandError, aside
 from virtio.cli.own import EndsProgramError, made_by
 from virtio.cli.parameters import MacAddress, Number, SocketPath
 from virtio.cli.serve_views import View, shown
 from virtio.cli.served import Place, Served
-from virtio.spec import DeviceId
 
 if TYPE_CHECKING:
     from virtio import Device
@@ -26,25 +26,6 @@ MOST_PAIRS: Final = 127
 DESCRIPTION: Final = Path(__file__).with_name("serve_description.json")
 """What management programs read, but for the program's own path."""
 CAPABILITIES: Final = "--print-capabilities"
-TYPES: Final[dict[int, str]] = {
-    DeviceId.NETWORK: "net",
-    DeviceId.BLOCK: "block",
-    DeviceId.CONSOLE: "console",
-    DeviceId.ENTROPY: "rng",
-    DeviceId.TRADITIONAL_BALLOON: "balloon",
-    DeviceId.RPMSG: "rpmsg",
-    DeviceId.SCSI_HOST: "scsi",
-    DeviceId.TRANSPORT_9P: "9p",
-    DeviceId.RPROC_SERIAL: "rproc-serial",
-    DeviceId.CAIF: "caif",
-    DeviceId.MEMORY_BALLOON: "balloon",
-    DeviceId.GPU: "gpu",
-    DeviceId.INPUT: "input",
-    DeviceId.SOCKET: "vsock",
-    DeviceId.CRYPTO: "crypto",
-    DeviceId.FILE_SYSTEM: "fs",
-}
-"""Device types as QEMU's vhost-user.json calls them, by number."""
 
 
 class ServeCommand(click.Command):

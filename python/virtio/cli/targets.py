@@ -1,5 +1,7 @@
 """What `virtio probe` can look at: a table of kinds, each with a way to open one. A new kind is one more entry."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -21,6 +23,7 @@ EXAMPLES: Final = {"qemu": ("virtio-net-pci",)}
 
 UNKNOWN: Final = 0
 """A device type that nobody told; no device has this one (5)."""
+_OPTION: Final = re.compile(r"(?P<path>.*), *(?P<name>[a-z][a-z-]*)=(?P<value>[^,/]*)", re.DOTALL)
 
 
 class Opener(NamedTuple):
@@ -88,10 +91,11 @@ def _open_qemu(device: str) -> "Iterator[Transport]":
 
 def device_type(name: str) -> int:
     """A device type's number, from its short name, the specification's, or the number itself. CommandError: there is none."""
+    from virtio.cli.kinds import TYPES
     from virtio.spec import DeviceId
 
-    short = {"net": DeviceId.NETWORK, "rng": DeviceId.ENTROPY, "blk": DeviceId.BLOCK}
-    named = {each.name.lower().replace("_", "-"): each for each in DeviceId} | short
+    short = {"blk": int(DeviceId.BLOCK)} | {name: number for number, name in reversed(TYPES.items())}
+    named = {each.name.lower().replace("_", "-"): int(each) for each in DeviceId} | short
     if name in named:
         return named[name]
     if name.isascii() and name.isdigit() and int(name) < 1 << 16:
@@ -100,19 +104,27 @@ def device_type(name: str) -> int:
 
 
 def _path_and_type(rest: str) -> tuple[str, int]:
-    path, comma, option = rest.rpartition(",type=")
-    return (path, device_type(option)) if comma else (rest, UNKNOWN)
+    """The socket, and the type if that is told; what is there under the whole name is that."""
+    from virtio.vhost_user.socket import check_path
+
+    path, number = rest, UNKNOWN
+    while (option := _OPTION.fullmatch(path)) is not None and not os.path.exists(path):
+        if option["name"] != "type":
+            raise CommandError(f"{option['name']!r} is no option of a vhost-user back-end's: type=TYPE is the only one")
+        if path != rest:
+            raise CommandError("type= is told twice")
+        path, number = option["path"], device_type(option["value"])
+    try:
+        return check_path(path), number
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 @contextmanager
 def _open_vhost_user(rest: str) -> "Iterator[Transport]":
     from virtio.transport.vhost_user import VhostUserTransport
 
-    try:
-        transport = VhostUserTransport(*_path_and_type(rest), reconnect=False)
-    except ValueError as error:  # a path that is none
-        raise CommandError(str(error)) from None
-    with transport:
+    with VhostUserTransport(*_path_and_type(rest), reconnect=False) as transport:
         yield transport
 
 
