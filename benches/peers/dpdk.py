@@ -36,8 +36,8 @@ SLOTS: Final = 1024
 LIMIT: Final = 60.0
 """Seconds that a peer may take to come up."""
 RINGS: Final = {
-    "split": ("", Features()),
-    "packed": (",packed_vq=1", Features({Feature.RING_PACKED})),
+    "split": (",in_order=0", Features()),
+    "packed": (",packed_vq=1,in_order=0", Features({Feature.RING_PACKED})),
     "packed in order": (",packed_vq=1,in_order=1", Features({Feature.RING_PACKED, Feature.IN_ORDER})),
 }
 DEVICE_CORE, DRIVER_CORE = 0, 1

@@ -366,7 +366,7 @@ impl DeviceBursts {
     fn push<R: DeviceRing, P>(
         &mut self,
         queue: &mut DeviceQueue<R>,
-        packets: impl Iterator<Item = (P, u64)>,
+        mut packets: impl Iterator<Item = (P, u64)>,
         count: usize,
         rules: &Rules,
         traffic: &mut Traffic,
@@ -375,10 +375,10 @@ impl DeviceBursts {
         mut write: impl FnMut(&P, &RegionTable, &mut Pieces<'_>) -> Result<(), MemoryError>,
     ) -> (usize, usize, Option<BurstError>) {
         let (mut sent, mut done, mut everything) = (0, 0, false);
-        let mut packets = packets.peekable();
+        let mut current = packets.next();
         // A round pops what the packets seem to need, and hands back what they did not; the last one popped all that there was.
         loop {
-            let guess = match packets.peek() {
+            let guess = match &current {
                 None => return (sent, done, None),
                 Some((_, bytes)) if rules.mergeable && self.buffer_size > 0 => {
                     let each = (bytes + rules.header as u64).div_ceil(self.buffer_size.into()) as usize;
@@ -402,17 +402,17 @@ impl DeviceBursts {
                     memory.prefetch_write(segment.address, (bytes as usize).saturating_add(rules.header).min(segment.len as usize));
                 }
             };
-            if let Some((_, bytes)) = packets.peek() {
+            if let Some((_, bytes)) = &current {
                 (0..AHEAD).for_each(|index| warm(index, *bytes));
             }
-            while let Some((packet, bytes)) = packets.peek() {
+            while let Some((packet, bytes)) = &current {
                 warm(next + AHEAD, *bytes);
                 let header = match prepare(packet) {
                     Ok(Ok(header)) => header,
                     Ok(Err(reason)) => {
                         traffic.drop(reason);
                         done += 1;
-                        packets.next();
+                        current = packets.next();
                         continue;
                     }
                     Err(error) => {
@@ -438,7 +438,7 @@ impl DeviceBursts {
                     next += 1;
                     done += 1;
                     sent += 1;
-                    packets.next();
+                    current = packets.next();
                     continue;
                 }
                 let Some(chains) = chains_for(batch, next, total, rules) else { break };
@@ -446,7 +446,7 @@ impl DeviceBursts {
                 if chains == 0 || (all[0].writable as usize) < rules.header {
                     traffic.drop(Reason::Long);
                     done += 1;
-                    packets.next();
+                    current = packets.next();
                     continue;
                 }
                 let header = header.with_num_buffers(chains as u16);
@@ -466,7 +466,7 @@ impl DeviceBursts {
                 next += chains;
                 done += 1;
                 sent += 1;
-                packets.next();
+                current = packets.next();
             }
             traffic.count((sent - before_sent) as u64, all_bytes);
             if let Err(error) = queue.check_memory() {

@@ -9,7 +9,8 @@ use crate::header::{Header, MAX_FRAME};
 use crate::keep_rest;
 use crate::port::{Rules, Traffic, check_headroom, prepare};
 use std::sync::Arc;
-use virtio_memory::{BufferPool, Burst, HEADROOM, Mapping, MemoryError, PoolState, Row};
+use std::sync::atomic::Ordering::Relaxed;
+use virtio_memory::{BufferPool, Burst, Column, HEADROOM, Mapping, MemoryError, PoolState, Row};
 use virtqueue::{Buffer, Direction, DriverQueue, DriverRing, Form, RingError, Segment, Used};
 
 /// A slot's token.
@@ -371,9 +372,9 @@ pub(crate) fn release(held: &Held, state: &mut PoolState, used: &Used) -> Result
 /// `Memory` if somebody else wrote the burst's columns meanwhile.
 pub fn fill_clean(state: &mut PoolState, burst: &Burst, rules: &Rules) -> Result<usize, BurstError> {
     let count = burst.fill(state);
-    for row in 0..count {
-        let at = burst.pool().slot_offset(burst.row(row).slot as u32) + HEADROOM;
-        zero_header(burst.pool().mapping(), at, rules.header)?;
+    let (pool, mapping) = (&**burst.pool(), &**burst.pool().mapping());
+    for slot in &burst.column(Column::Slots)[..count] {
+        zero_header(mapping, pool.slot_offset(slot.load(Relaxed) as u32) + HEADROOM, rules.header)?;
     }
     Ok(count)
 }

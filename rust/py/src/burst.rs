@@ -49,16 +49,13 @@ impl Burst {
     }
 
     /// Where a row's bytes start in the mapping and how many fit behind; the slot is the burst's own.
+    #[inline]
     fn place(&self, state: &PoolState, row: usize, raw: &RawRow) -> Result<(usize, usize), Error> {
-        let pool = &self.shared.pool;
+        let pool = &*self.shared.pool;
         let owned = u32::try_from(raw.slot).is_ok_and(|slot| state.owner(slot) == Some(self.rows.owner()));
-        if !owned {
-            return Err(Error::Value(format!("burst row {row}: slot {} does not belong to this burst", raw.slot)));
-        }
-        let last = pool.slot_size() - 1;
         match usize::try_from(raw.offset) {
-            Ok(offset) if offset <= last => Ok((pool.slot_offset(raw.slot as u32) + offset, pool.slot_size() - offset)),
-            _ => Err(Error::Value(format!("burst row {row}: offset {} is not in 0 to {last}", raw.offset))),
+            Ok(offset) if owned && offset < pool.slot_size() => Ok((pool.slot_offset(raw.slot as u32) + offset, pool.slot_size() - offset)),
+            _ => Err(no_place(row, raw, owned, pool.slot_size() - 1)),
         }
     }
 
@@ -117,6 +114,15 @@ fn length(row: usize, raw: &RawRow, room: usize) -> Result<usize, Error> {
         Ok(length) if length <= room => Ok(length),
         _ => Err(Error::Value(format!("burst row {row}: length {} is not in 0 to {room}", raw.length))),
     }
+}
+
+/// Why a row has no place in its slot.
+#[cold]
+fn no_place(row: usize, raw: &RawRow, owned: bool, last: usize) -> Error {
+    if owned {
+        return Error::Value(format!("burst row {row}: offset {} is not in 0 to {last}", raw.offset));
+    }
+    Error::Value(format!("burst row {row}: slot {} does not belong to this burst", raw.slot))
 }
 
 #[pymethods]
