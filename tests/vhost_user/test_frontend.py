@@ -17,10 +17,11 @@ from virtio.devices.rng import RngDriver
 from virtio.errors import DeviceNeedsReset
 from virtio.features import Features
 from virtio.spec import Status
-from virtio.transport.vhost_user import LONGEST_RETRY, VhostUserTransport
+from virtio.transport.vhost_user import QUEUE_SIZE, VhostUserTransport
 from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.frontend import PROTOCOL
 from virtio.vhost_user.message import ProtocolFeature
+from virtio.vhost_user.reconnecting import LONGEST_RETRY
 
 NOTHING = Features()
 WITHOUT = {
@@ -191,9 +192,11 @@ def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str,
     ):
         exchange(net, frames(30))
         net.reset_queue(1)
-        with pytest.raises(ValueError, match="1 to 64 entries, not 128"):
-            net.setup_queue(1, size=128)
-        net.setup_queue(1, size=64)
+        assert (transport.queue_max(0), transport.queue_max(1)) == (64, 64)
+        with pytest.raises(ValueError, match="1 to 64 entries, not 128: the back-end tracks so many until a reset"):
+            transport.queue_setup(1, 128, (0, 0, 0))
+        net.setup_queue(1, size=128)  # lowered, as ever, to what the device has
+        assert net.transmitq.size == 64
         exchange(net, frames(30))
         before = transport.reconnections
         backend.kill()
@@ -206,6 +209,8 @@ def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str,
             got += net.receive_frames()
             assert len(got) <= 90
         assert not transport.status & Status.NEEDS_RESET
+        transport.reset()
+        assert transport.queue_max(1) == QUEUE_SIZE
 
 
 def test_queues_that_there_are(path: str) -> None:

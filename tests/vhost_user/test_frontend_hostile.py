@@ -4,12 +4,13 @@ import gc
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.vhost_user.frontend import descriptors
-from tests.vhost_user.hostile import PROTOCOL, Answer, ByHand, reply
+from tests.vhost_user.hostile import OFFERED, PROTOCOL, Answer, ByHand, reply
 from tests.vhost_user.serving import PATIENCE, until
 from virtio import DeviceId, FeatureNegotiationError, NetDriver, TransportError
 from virtio.errors import DeviceNeedsReset, SpecViolation
@@ -123,6 +124,30 @@ def test_silence_has_a_time_limit(request_: F) -> None:
         session(far, 0.2)
 
 
+def test_one_that_answers_just_in_time_has_no_more_time_for_all_of_it() -> None:
+    """Greeting and hand-over are a few dozen requests: each answer alone is in time."""
+    late: dict[int, Callable[[Message], Answer]] = {}
+
+    def answer(message: Message) -> Answer:
+        time.sleep(0.3)
+        return reply(message.request, wire.U64(int(OFFERED) if message.request == F.GET_FEATURES else 0))
+
+    for request in (F.GET_FEATURES, F.SET_OWNER, F.SET_VRING_NUM, F.SET_VRING_BASE, F.SET_VRING_ADDR, F.SET_VRING_CALL):
+        late[request] = answer
+    with ByHand(late) as far, pytest.raises(TransportError, match=r"within 0\.8 s, with all that it was asked at once"):
+        session(far, 0.8)
+    for request in (F.GET_FEATURES, F.SET_OWNER):  # greeted in time, it holds up the hand-over
+        del late[request]
+    with ByHand(late) as far, pytest.raises(TransportError, match=r"does not answer \w+ within 0\.8 s, with all"):
+        session(far, 0.8)
+
+
+def test_protocol_features_that_nobody_knows_are_the_callers_mistake() -> None:
+    with ByHand() as far, pytest.raises(ValueError, match=r"protocol features \[40\] are not among those that it knows, \[0, 3, 5"):
+        VhostUserTransport(far.near.fileno(), DeviceId.NETWORK, protocol_features=PROTOCOL | {40})
+    assert far.seen == []
+
+
 def test_half_a_reply_is_no_reply() -> None:
     half: dict[int, Callable[[Message], Answer]] = {F.GET_FEATURES: lambda m: reply(m.request, wire.U64(0))[:15]}
     with ByHand(half) as far, pytest.raises(TransportError, match="does not answer GET_FEATURES"):
@@ -156,6 +181,18 @@ def test_a_reply_that_nobody_asked_for_ends_the_connection() -> None:
         far.say(reply(F.GET_STATUS, wire.U64(0)))
         with pytest.raises(TransportError, match="where nothing is awaited"):
             net.check()
+        with pytest.raises(TransportError, match="gone"):
+            net.close()
+
+
+def test_a_reply_that_nobody_asked_for_is_noticed_while_nobody_asks() -> None:
+    with ByHand() as far, opened(far) as transport:
+        net = NetDriver(transport)
+        far.say(reply(F.GET_STATUS, wire.U64(0)))
+        with pytest.raises(TransportError, match="where nothing is awaited"):
+            while net.wait(PATIENCE):
+                pass
+        assert transport.gone
         with pytest.raises(TransportError, match="gone"):
             net.close()
 

@@ -177,7 +177,8 @@ class Commands:
 
     @locked
     def resumed(self) -> None:
-        """Tells a device that has taken another's place how many pairs are in use."""
+        """Tells a device that has taken another's place how many pairs are in use. No other command is sent but by callers of `command`,
+        who repeat theirs."""
         if self._control is not None and self._active > 1:
             self.use_pairs(self._active)
 

@@ -3,23 +3,17 @@
     with VhostUserTransport("net.sock", DeviceId.NETWORK) as transport, NetDriver(transport) as net:
         ...
 
-Doorbells and interrupts are the rings' eventfds themselves, so frames move with nobody in between. One thread sleeps on the connection: it
-takes what the back-end says of its configuration, notices a ring that broke and a back-end that is gone, and finds the next one.
+Doorbells and interrupts are the rings' eventfds themselves, so frames move with nobody in between. The connection, and the thread that
+sleeps on it, are in `virtio.vhost_user.reconnecting`.
 """
 
-import logging
 import os
-import select
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from socket import socket
-from threading import Condition, RLock, Thread, current_thread
-from time import monotonic, sleep
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from collections.abc import Iterable
+from typing import Final
 
+from virtio import arguments
 from virtio._core import EventFd, Memory
-from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, TransportError, VirtioError
+from virtio.errors import StatusError, TransportError
 from virtio.features import Features
 from virtio.spec import MAX_QUEUE_SIZE, DeviceId, Status
 from virtio.status import locked
@@ -27,16 +21,11 @@ from virtio.transport import CARRIED, Resume
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.frontend import PROTOCOL, ConnectionLost, Frontend, RequestRefused
 from virtio.vhost_user.message import FrontendRequest, ProtocolFeature
-from virtio.vhost_user.setup import Ring, Setup
-from virtio.vhost_user.socket import Source
+from virtio.vhost_user.reconnecting import Reconnecting
+from virtio.vhost_user.setup import Ring
 
 TIMEOUT: Final = 5.0
 """Seconds that a back-end may take to answer, and that a call waits for one that went away to come back."""
-ACCEPT_TIMEOUT: Final = 30.0
-"""Seconds that a listening front-end waits for its first back-end."""
-RETRY: Final = 0.05
-"""Seconds before the second attempt to connect again; each further one waits twice as long, up to `LONGEST_RETRY`."""
-LONGEST_RETRY: Final = 0.4
 QUEUE_SIZE: Final = 1024
 """Most entries of a queue, unless told otherwise: a back-end cannot be asked."""
 MOST_RINGS: Final = wire.VRING_INDEX_MASK + 1
@@ -48,12 +37,10 @@ _MESSAGE: Final = Features(range(64))
 _CTRL_VQ: Final = 17
 """Feature bit of the network device's control queue."""
 
-_log = logging.getLogger(__name__)
 _F, _P = FrontendRequest, ProtocolFeature
-_Answer = TypeVar("_Answer")
 
 
-class VhostUserTransport:
+class VhostUserTransport(Reconnecting):
     """Carries everything from a driver to the back-end at `path_or_fd`: a path to connect to, or to `listen` at; a descriptor of a
     connection or of a listening socket, which becomes the transport's.
 
@@ -63,6 +50,9 @@ class VhostUserTransport:
     Whenever the back-end is gone, the next one takes its place: the transport connects again, or accepts again, and hands everything over.
     The driver notices nothing, unless the new one does not offer what was negotiated: then it reads NEEDS_RESET. With `reconnect` false, or
     over a given connection, everything raises `TransportError` from then on, and `gone` is true.
+
+    What a device was told by a control queue no transport knows: drivers tell the next device (`Driver.resumed`). `NetDriver` tells how
+    many queue pairs are in use, which is all that it ever told one of itself; what a caller of `command` said is for that caller to repeat.
 
     Not carried, and so never negotiated: what no 64-bit message holds, ACCESS_PLATFORM, NOTIFICATION_DATA, and `masked`.
     """
@@ -82,10 +72,11 @@ class VhostUserTransport:
         protocol_features: Features = PROTOCOL,
     ) -> None:
         """Connects, and asks for the device's features. `connect_timeout`: seconds to wait for the first back-end; without it a path to
-        connect to is tried once, and one to listen at for `ACCEPT_TIMEOUT`. `protocol_features` is a choice from `PROTOCOL`.
+        connect to is tried once, and one to listen at for `ACCEPT_TIMEOUT`. `timeout`: seconds that a back-end has for a request, and for
+        all that it is told at once, be it ever so much. `protocol_features` is a choice from `PROTOCOL`.
 
-        ValueError: a path longer than 107 bytes, numbers that cannot be. TransportError: no back-end is there, or none that answers as the
-        protocol has it.
+        ValueError: a path longer than 107 bytes, numbers that cannot be, protocol features outside `PROTOCOL`. TransportError: no back-end
+        is there, or none that answers as the protocol has it.
         """
         if not 1 <= queue_size <= MAX_QUEUE_SIZE:
             raise ValueError(f"queue size {queue_size} is outside 1..{MAX_QUEUE_SIZE}")
@@ -93,42 +84,14 @@ class VhostUserTransport:
             raise ValueError(f"{queues} queues are outside 1..{MOST_RINGS}")
         if timeout <= 0:
             raise ValueError(f"a time limit of {timeout} s is not above 0")
-        self._source = Source(path_or_fd, listens=listen)
-        self._lock = RLock()
-        self._back = Condition(self._lock)
+        arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
+        if more := [int(bit) for bit in sorted(protocol_features - PROTOCOL)]:
+            raise ValueError(f"protocol features {more} are not among those that it knows, {[int(bit) for bit in sorted(PROTOCOL)]}")
         self._device_id, self._queues, self._queue_size = device_id, queues, queue_size
         self._carried = (CARRIED & _MESSAGE) - Features(masked)
-        self._timeout, self._protocol = timeout, protocol_features
-        self._setup = Setup()
-        self._fault = Status(0)
         self._refused = False
-        self._generation = 0
-        self._gone: TransportError | None = None
-        self._frontend: Frontend | None = None
-        self._greeted: Frontend | None = None
-        self._offered, self._known = Features(), Features()
-        self._told_queues: int | None = None
-        self._reconnections = 0
-        self._closing = self._closed = False
-        self._callers: list[Thread] = []
-        self.on_resumed: Callable[[], object] | None = None
-        """See `Resuming`."""
-        self._retry, self._retry_at, self._taken_at = RETRY, 0.0, 0.0
-        self._config_interrupt = EventFd()
-        self._wake = EventFd()
-        self._events: dict[int, tuple[EventFd, EventFd, EventFd]] = {}
-        self._reconnect = reconnect and self._source.repeats
-        self._epoll = select.epoll()
-        self._epoll.register(self._wake.fileno(), select.EPOLLIN)
-        if connect_timeout is None:
-            connect_timeout = ACCEPT_TIMEOUT if self._source.listener is not None else 0.0
-        try:
-            self._take(self._first(connect_timeout))
-        except BaseException:
-            self._release()
-            raise
-        self._helper = Thread(target=self._watch, name="virtio-vhost-user", daemon=True)
-        self._helper.start()
+        super().__init__(path_or_fd, listen=listen, reconnect=reconnect, timeout=timeout, protocol_features=protocol_features)
+        self._open(connect_timeout)
 
     # What it is.
 
@@ -138,33 +101,9 @@ class VhostUserTransport:
         return self._device_id
 
     @property
-    def connected(self) -> bool:
-        """Whether a back-end is there now."""
-        return self._frontend is not None
-
-    @property
-    def gone(self) -> bool:
-        """Whether the back-end ended for good."""
-        return self._gone is not None
-
-    @property
-    @locked
-    def reconnections(self) -> int:
-        """How many back-ends took the place of one before."""
-        return self._reconnections
-
-    @property
     def tracked(self) -> bool:
         """Whether the back-end writes down what it has in flight, for the next one."""
         return self._setup.tracked
-
-    @property
-    @locked
-    def frontend(self) -> Frontend:
-        """The connection, waiting for one if need be. TransportError: there is none."""
-        self._await()
-        assert self._frontend is not None
-        return self._frontend
 
     @property
     def has_config(self) -> bool:
@@ -252,7 +191,8 @@ class VhostUserTransport:
         self._fault = Status(0)
         self._refused = False
         try:
-            self._setup.reset(self._frontend)
+            with self._together(self._frontend):
+                self._setup.reset(self._frontend)
         except ConnectionLost as error:
             self._lose(error)
             self._check_open()
@@ -283,17 +223,22 @@ class VhostUserTransport:
     # Queues.
 
     def queue_max(self, index: int) -> int:
-        """Most entries that queue `index` may have; 0 if there is no such queue."""
+        """Most entries that queue `index` may have; 0 if there is no such queue. Once the back-end writes down what it has in flight, no
+        more than it has room for, until the device is reset."""
         count = self.num_queues
-        return self._queue_size if 0 <= index < (MOST_RINGS if count is None else count) else 0
+        if not 0 <= index < (MOST_RINGS if count is None else count):
+            return 0
+        return min(self._queue_size, self._setup.tracked_size(index) or MAX_QUEUE_SIZE)
 
     @locked
     def queue_setup(self, index: int, size: int, areas: tuple[int, int, int]) -> EventFd:
-        """Keeps a queue for DRIVER_OK, when the back-end gets it; after that, at once. ValueError: no such queue, or too large: after
-        DRIVER_OK also larger than what the back-end tracks."""
+        """Keeps a queue for DRIVER_OK, when the back-end gets it; after that, at once. ValueError: no such queue, or more entries than
+        `queue_max`."""
         self._check_open()
         if not 1 <= size <= (most := self.queue_max(index)):
-            raise ValueError(f"queue {index} may have 1 to {most} entries, not {size}" if most else f"the device has no queue {index}")
+            tracked = ": the back-end tracks so many until a reset" if most == self._setup.tracked_size(index) else ""
+            why = f"queue {index} may have 1 to {most} entries, not {size}{tracked}"
+            raise ValueError(why if most else f"the device has no queue {index}")
         if index in self._setup.rings:
             raise StatusError(f"queue {index} is set up already")
         kick, call, error = self._events_of(index)
@@ -322,6 +267,8 @@ class VhostUserTransport:
 
     def interrupt(self, index: int) -> EventFd:
         """Signalled by used-buffer notifications of queue `index`. ValueError: no such queue."""
+        if not self.queue_max(index):
+            raise ValueError(f"the device has no queue {index}")
         return self._events_of(index)[1]
 
     @locked
@@ -343,72 +290,7 @@ class VhostUserTransport:
         except ConnectionLost as error:
             self._lose(error)
 
-    def close(self) -> None:
-        """Resets the device, and ends the connection and the thread. Closing twice is closing once."""
-        self._closing = True
-        if (busy := self._greeted) is not None and busy is not self._frontend:
-            busy.shut()  # so that the thread does not wait for its answer
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._wake.signal()
-            if self._frontend is not None:
-                with suppress(VirtioError):  # what is gone needs no reset
-                    self._setup.reset(self._frontend)
-            self._back.notify_all()
-        for thread in (self._helper, *self._callers):
-            if thread is not current_thread():
-                thread.join()
-        self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
     # For whoever calls.
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise StatusError("the transport is closed")
-        if self._gone is not None:
-            raise TransportError(f"the device is gone: {self._gone}")
-
-    def _await(self) -> None:
-        """Returns with a connection. TransportError: there is none within the time limit."""
-        deadline = monotonic() + self._timeout
-        while True:
-            self._check_open()
-            if self._frontend is not None:
-                return
-            if (left := deadline - monotonic()) <= 0:
-                raise TransportError(f"no back-end came back to {self._source.name} within {self._timeout:g} s")
-            self._back.wait(left)
-
-    def _carry(self, action: Callable[[Frontend], None]) -> None:
-        """Tells the back-end of a change that is in the setup already. If it ends meanwhile, the next one is told everything."""
-        if self._frontend is not None:
-            try:
-                action(self._frontend)
-                return
-            except ConnectionLost as error:
-                self._lose(error)
-        self._await()
-
-    def _again(self, question: Callable[[Frontend], _Answer]) -> _Answer:
-        """Asks, and asks the next back-end if the first one ends meanwhile."""
-        deadline = monotonic() + self._timeout
-        while True:
-            self._await()
-            assert self._frontend is not None
-            try:
-                return question(self._frontend)
-            except ConnectionLost as error:
-                self._lose(error)
-                if monotonic() >= deadline:
-                    raise
 
     def _start(self, frontend: Frontend) -> None:
         self._setup.start(frontend)
@@ -421,161 +303,3 @@ class VhostUserTransport:
         if offset < 0 or length < 0 or offset + length > MOST_CONFIG:
             raise ValueError(f"configuration bytes {offset}..{offset + length} are outside 0..{MOST_CONFIG}")
         return offset + length
-
-    @locked
-    def _events_of(self, index: int) -> tuple[EventFd, EventFd, EventFd]:
-        if not self.queue_max(index):
-            raise ValueError(f"the device has no queue {index}")
-        if index not in self._events:
-            self._events[index] = (EventFd(), EventFd(), error := EventFd())
-            self._epoll.register(error.fileno(), select.EPOLLIN)
-        return self._events[index]
-
-    # Connections.
-
-    def _first(self, patience: float) -> socket:
-        deadline = monotonic() + patience
-        while True:
-            try:
-                if (found := self._source.next()) is not None:
-                    return found
-                why = f"no back-end connected to {self._source.name} within {patience:g} s"
-            except TransportError as error:
-                why = str(error)
-            if monotonic() >= deadline:
-                raise TransportError(why)
-            sleep(min(RETRY, max(0.0, deadline - monotonic())))
-
-    def _take(self, connected: socket) -> None:
-        """Greets a back-end, and hands everything over. TransportError, OSError: it is none, or gone again."""
-        frontend = Frontend(connected, timeout=self._timeout, protocol_features=self._protocol, changed=self._changed)
-        self._greeted = frontend
-        self._setup.disconnected()
-        try:
-            if self._closing:
-                raise ConnectionLost("the transport is closed")
-            frontend.greet()
-            if not self._fault:
-                try:
-                    self._setup.bring(frontend)
-                except (FeatureNegotiationError, RequestRefused, SpecViolation, StatusError) as error:
-                    _log.warning("%s: the device needs a reset: %s", self._source.name, error)
-                    self._fault = Status.NEEDS_RESET
-        except BaseException:
-            self._greeted = None
-            frontend.close()
-            raise
-        self._offered, self._known, self._told_queues = frontend.offered, frontend.protocol, frontend.queues
-        self._epoll.register(frontend.descriptor, select.EPOLLRDHUP)
-        if frontend.channel is not None:
-            self._epoll.register(frontend.channel, select.EPOLLIN)
-        self._frontend, self._taken_at = frontend, monotonic()
-
-    def _lose(self, error: TransportError) -> None:
-        """The connection is gone: forgets it, and lets the thread look for the next, or gives up."""
-        frontend, self._frontend, self._greeted = self._frontend, None, None
-        if frontend is None:
-            return
-        for descriptor in (frontend.descriptor, frontend.channel):
-            if descriptor is not None:
-                with suppress(OSError, ValueError):  # the channel may end at any time
-                    self._epoll.unregister(descriptor)
-        frontend.close()
-        if self._reconnect:
-            _log.info("%s: %s", self._source.name, error)
-            if self._source.listener is None and monotonic() - self._taken_at < LONGEST_RETRY:
-                self._pause()  # as if it had not come at all
-            else:
-                self._retry, self._retry_at = RETRY, monotonic()
-            if self._source.listener is not None:
-                self._epoll.register(self._source.listener.fileno(), select.EPOLLIN)
-            self._wake.signal()
-        else:
-            self._gone = error
-            self._tell()
-
-    def _tell(self) -> None:
-        """Wakes whoever waits, to look at the status."""
-        self._generation += 1
-        self._config_interrupt.signal()
-        for _, call, _ in self._events.values():
-            call.signal()
-
-    def _changed(self) -> None:
-        """The back-end says that the configuration changed. Called by whoever reads its channel."""
-        self._generation += 1
-        self._config_interrupt.signal()
-
-    # The thread.
-
-    def _watch(self) -> None:
-        while not self._closing:
-            searching = self._frontend is None and self._gone is None and self._source.listener is None
-            self._epoll.poll(max(0.0, self._retry_at - monotonic()) if searching else None)
-            if (frontend := self._frontend) is not None:
-                frontend.serve_channel()
-            with self._lock:
-                self._wake.drain()
-                if self._closing:
-                    return
-                self._look()
-
-    def _look(self) -> None:
-        """At everything that may have woken the thread."""
-        if self._frontend is not None and self._frontend.hung_up:
-            self._lose(ConnectionLost("the back-end hung up"))
-        for index, (_, _, error) in self._events.items():
-            if error.drain() and self._setup.live:
-                _log.warning("%s: ring %d is broken, says the back-end", self._source.name, index)
-                self._fault = Status.NEEDS_RESET
-                self._tell()
-        if self._frontend is None and self._gone is None and self._retry_at <= monotonic():
-            self._search()
-
-    def _search(self) -> None:
-        try:
-            if (connected := self._source.next()) is None:
-                return
-            self._take(connected)
-        except (TransportError, OSError) as error:
-            _log.debug("%s: %s", self._source.name, error)
-            self._pause()
-            return
-        if self._source.listener is not None:
-            self._epoll.unregister(self._source.listener.fileno())
-        self._reconnections += 1
-        self._tell()
-        self._back.notify_all()
-        self._callers = [thread for thread in self._callers if thread.is_alive()]
-        if self.on_resumed is not None and self._setup.live and not self._fault:
-            self._callers.append(Thread(target=self._call, args=(self.on_resumed,), name="virtio-vhost-user-resumed", daemon=True))
-            self._callers[-1].start()
-
-    def _pause(self) -> None:
-        """Before the next attempt to connect."""
-        self._retry_at = monotonic() + self._retry
-        self._retry = min(2 * self._retry, LONGEST_RETRY)
-
-    def _call(self, resumed: Callable[[], object]) -> None:
-        try:
-            resumed()
-        except Exception as error:
-            with self._lock:
-                if not self._closing and self._setup.live:
-                    _log.warning("%s: the device needs a reset: %s", self._source.name, error)
-                    self._fault = Status.NEEDS_RESET
-                    self._tell()
-
-    def _release(self) -> None:
-        """Closes everything that is its own."""
-        if (frontend := self._frontend or self._greeted) is not None:
-            frontend.close()
-        self._frontend = self._greeted = None
-        self._setup.forget_area()
-        self._source.close()
-        self._epoll.close()
-        for events in self._events.values():
-            for event in events:
-                event.close()
-        self._config_interrupt.close()
-        self._wake.close()

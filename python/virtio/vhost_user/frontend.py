@@ -7,8 +7,9 @@ the text has it, and every descriptor that came is closed.
 import os
 import select
 import socket
-from collections.abc import Callable, Iterable
-from math import ceil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import ceil, inf
 from threading import Lock, RLock
 from time import monotonic
 from typing import Final
@@ -65,6 +66,7 @@ class Frontend:
         self._session = FrontendSession()
         self._channel: Link | None = None
         self._timeout, self._wanted, self._changed = timeout, protocol_features, changed
+        self._deadline: float | None = None
         self._failed: ConnectionLost | None = None
         self._closed = False
         self.offered = Features()
@@ -92,6 +94,33 @@ class Frontend:
     def protocol_bit(self) -> Features:
         """What SET_FEATURES carries beside the device's features: the bit that says that there are protocol features."""
         return Features({wire.PROTOCOL_FEATURES_BIT}) & self.offered
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is asked here has to be answered within one time limit, not each of it."""
+        with self._lock:
+            before = self._deadline
+            self._deadline = before or monotonic() + self._timeout
+            try:
+                yield
+            finally:
+                self._deadline = before
+
+    def check_quiet(self) -> None:
+        """ConnectionLost: the back-end says what nobody asked for. Never waits: whoever asks something now looks for himself."""
+        if self._failed is None and self._lock.acquire(blocking=False):
+            try:
+                self._hear_unasked()
+            except TransportError as error:
+                self._fail(str(error))
+                assert self._failed is not None
+                raise self._failed from None
+            finally:
+                self._lock.release()
+
+    def _hear_unasked(self) -> None:
+        while (early := self._read()) is not None:  # with nothing awaited, every byte is one too many
+            self._feed(*early)
 
     @property
     def hung_up(self) -> bool:
@@ -150,9 +179,8 @@ class Frontend:
             raise
 
     def _exchange(self, request: FrontendRequest, payload: wire.Payload | None, descriptors: Iterable[int]) -> Reply | None:
-        deadline = monotonic() + self._timeout
-        while (early := self._read()) is not None:  # with nothing awaited, every byte is one too many
-            self._feed(*early)
+        deadline = min(monotonic() + self._timeout, self._deadline or inf)
+        self._hear_unasked()
         self._link.send(self._session.request(request, payload, descriptors))
         while self._link.waiting:
             self._wait(select.POLLOUT, deadline, f"does not read {request.name}")
@@ -201,7 +229,8 @@ class Frontend:
             if link in ready:
                 return
             if not ready or monotonic() >= deadline:
-                raise TransportError(f"the back-end {why} within {self._timeout:g} s")
+                besides = ", with all that it was asked at once" if self._deadline is not None else ""
+                raise TransportError(f"the back-end {why} within {self._timeout:g} s{besides}")
             self.serve_channel()
 
     # The back-end's channel.

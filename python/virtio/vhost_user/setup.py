@@ -67,6 +67,10 @@ class Setup:
         """Whether there is an in-flight area."""
         return self._area is not None
 
+    def tracked_size(self, index: int) -> int | None:
+        """Entries of ring `index` that the in-flight area has room for; None: the ring is not in it."""
+        return None if self._area is None or index >= self._area[0].queues else self._area[0].queue_size
+
     def disconnected(self) -> None:
         """The next back-end knows nothing of what the one before was told."""
         self._told = False
@@ -153,9 +157,7 @@ class Setup:
             frontend.number(_F.GET_FEATURES)
 
     def start_ring(self, frontend: Frontend, ring: Ring) -> None:
-        """One more, while the device is live. ValueError: the in-flight area has no room for so large a ring."""
-        if self._area is not None and ring.size > (most := self._area[0].queue_size):
-            raise ValueError(f"queue {ring.index} may have 1 to {most} entries, not {ring.size}: the back-end tracks so many until a reset")
+        """One more, while the device is live, of no more entries than `tracked_size`."""
         self._hand_over(frontend, ring, tracked=False, resumed=False)
 
     def stop_ring(self, frontend: Frontend, ring: Ring) -> None:
@@ -199,7 +201,7 @@ class Setup:
         if resumed and ring.began:
             if ring.resume is None:
                 raise StatusError(f"queue {ring.index} cannot be taken over by another device: nobody knows where")
-            base = ring.resume(tracked=tracked and self._area is not None and ring.index < self._area[0].queues)
+            base = ring.resume(tracked=tracked and self.tracked_size(ring.index) is not None)
         descriptor, driver, device = ring.areas
         ring.began = True
         frontend.ask(_F.SET_VRING_NUM, wire.VringState(ring.index, ring.size))
