@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from virtio import Burst, Chain, DeviceQueue, NetDevice
 from virtio.device import Device
+from virtio.netdev import Netdev
 from virtio.vhost_user.backend import Backend
 
 RESPONSE = b"answer: "
@@ -57,7 +58,22 @@ class Echo(NetDevice):
             self.send(burst)
 
 
-PROGRAMS: dict[str, Callable[..., Device]] = {"shuffler": Shuffler, "echo": lambda: Echo(mac=bytes.fromhex("525400000001"), slots=256)}
+_kept: list[Netdev] = []
+
+
+def pump(namespace: str) -> Device:
+    """Moves frames between the rings and `tap0` there, which outlives it."""
+    device = NetDevice()
+    _kept.append(Netdev(device, "tap0", namespace=int(namespace), existing=True))
+    _kept[0].follow()
+    return device
+
+
+PROGRAMS: dict[str, Callable[..., Device]] = {
+    "shuffler": Shuffler,
+    "echo": lambda: Echo(mac=bytes.fromhex("525400000001"), slots=256),
+    "pump": pump,
+}
 
 
 def main(program: str, path: str, *arguments: str) -> None:

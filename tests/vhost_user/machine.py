@@ -86,8 +86,9 @@ class Machine(Frontend):
 class Line:
     """Back-ends one after the other: as soon as one is dead, the next is there. All are forks of one process, so that this is quick."""
 
-    def __init__(self, program: str, *arguments: str) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "tests.vhost_user.line", program, *arguments], stdin=subprocess.PIPE)
+    def __init__(self, program: str, *arguments: str, descriptors: Iterable[int] = ()) -> None:
+        command = [sys.executable, "-m", "tests.vhost_user.line", program, *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=tuple(descriptors))
 
     def __enter__(self) -> Self:
         return self
