@@ -40,6 +40,14 @@ pub fn features(given: &Mask) -> Result<u128, Error> {
     }
 }
 
+/// As [`features`], for a port of its own: on two queues.
+pub fn accepted<Q>(given: &Mask, receiveq: &Py<Q>, transmitq: &Py<Q>) -> Result<u128, Error> {
+    if receiveq.is(transmitq) {
+        return Err(Error::Value("a port has two queues, not one twice".into()));
+    }
+    features(given)
+}
+
 /// Frames to send, held while they are copied.
 pub fn outgoing<'py>(frames: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     let bytes = |item: Bound<'py, PyAny>| match item.cast_into_exact::<PyBytes>() {

@@ -65,10 +65,7 @@ impl DevicePort {
     #[new]
     #[pyo3(signature = (receiveq, transmitq, *, features))]
     fn new(receiveq: Py<DeviceQueue>, transmitq: Py<DeviceQueue>, features: Mask) -> Result<Self, Error> {
-        let rules = Rules::device(port::features(&features)?);
-        if receiveq.is(&transmitq) {
-            return Err(Error::Value("a port has two queues, not one twice".into()));
-        }
+        let rules = Rules::device(port::accepted(&features, &receiveq, &transmitq)?);
         Ok(DevicePort { receiveq, transmitq, rules, sent: Mutex::default(), received: Mutex::default() })
     }
 

@@ -110,10 +110,7 @@ impl DriverPort {
         buffer_size: Int,
         buffers: Int,
     ) -> Result<Self, Error> {
-        let rules = Rules::driver(port::features(&features)?);
-        if receiveq.is(&transmitq) {
-            return Err(Error::Value("a port has two queues, not one twice".into()));
-        }
+        let rules = Rules::driver(port::accepted(&features, &receiveq, &transmitq)?);
         let slots = pool.get().shared.join()?.pool.clone();
         let bytes: usize = buffer_size.within("receive buffer size", 1, 1 << 20)?;
         let each = bytes.div_ceil(slots.slot_size() - HEADROOM + rules.header);
