@@ -106,7 +106,7 @@ guest-tools: ## a Linux kernel and busybox for QEMU's guest, where missing
 	@scripts/guest.sh
 
 guest: ## the tests in which a Linux guest in QEMU uses our devices
-	pytest -m guest
+	pytest -m "guest and not slow"
 
 dpdk-tools: ## DPDK's testpmd, Open vSwitch with DPDK, OVN, vhost-device-rng and QEMU's storage daemon, where missing
 	@scripts/dpdk.sh

@@ -1,8 +1,11 @@
 """The other side of a guest's cable: our device on a back-end, its frames on a TAP in a namespace, and iperf3 that listens there.
 
-`python far.py PATH FEATURES` does that in a process of its own, in the caller's network namespace, and can be killed.
+`python far.py PATH FEATURES` does that in a process of its own, in the caller's network namespace, and can be killed. With a third word
+each line of standard input kills it, and the next one serves at once: forks of one process, so that this is quick.
 """
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,5 +99,17 @@ def main() -> None:
         backend.serve()
 
 
+def again() -> None:
+    """As `main`, over and over, until standard input ends."""
+    while True:
+        if not (child := os.fork()):
+            main()
+        more = sys.stdin.readline()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not more:
+            return
+
+
 if __name__ == "__main__":
-    main()
+    again() if len(sys.argv) > 3 else main()
