@@ -64,6 +64,32 @@ def test_what_a_class_prints_goes_to_standard_error(path: Path, talks: str) -> N
     assert (json.loads(done.stdout), done.stderr) == ({"type": "rng"}, "imported\n")
 
 
+def test_capabilities_of_a_class_without_a_type_are_told(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "import virtio\nclass No(virtio.Device):\n    pass\nclass Text(virtio.Device):\n    device_id = 'rng'\n"
+    )
+    for name, found in (("No", "missing"), ("Text", "'rng'")):
+        line = failed(run("serve", f"{tmp_path / 'odd.py'}:{name}", "--print-capabilities"), 1)
+        assert line == f"virtio: {name}.device_id is {found}: it has to be an integer"
+
+
+def test_a_capture_of_before_stays_until_it_is_served(path: Path, tmp_path: Path) -> None:
+    capture = tmp_path / "c"
+    capture.write_text("of before" * 10)
+    with serving("rng", "--socket-path", str(path)) as served:
+        assert "in use" in failed(run("serve", "net", "--socket-path", str(path), "--pcap", str(capture)), 1)
+        served.end()
+    assert capture.read_text() == "of before" * 10
+    with serving("net", "--socket-path", str(path), "--pcap", str(capture)) as served:
+        assert capture.stat().st_size == 24
+        served.end()
+
+
+def test_without_descriptors_it_says_what_there_are_none_of(path: Path) -> None:
+    done = run("serve", "rng", "--socket-path", str(path), before=("sh", "-c", 'ulimit -n 6; exec "$@"', "sh"))
+    assert failed(done, 1).endswith(": Too many open files") and "Errno" not in done.stderr
+
+
 def test_nothing_is_served_before_everything_can_be(path: Path, tmp_path: Path) -> None:
     done = run("serve", "net", "--socket-path", str(path), "--peer", str(tmp_path / "missing" / "t"))
     assert "missing/t: No such file or directory" in failed(done, 1)
@@ -123,7 +149,7 @@ def test_a_descriptor_that_neither_listens_nor_is_connected() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("net", "--pcap", ""), 2, "Invalid value for '--pcap': no file has an empty name"),
+        (("net", "--pcap", ""), 2, "Invalid value for '--pcap': no file has an empty name: name a file, or a FIFO"),
         (("net", "--pcap", "/dev/full"), 1, "cannot write /dev/full: No space left on device"),
         (("net", "--pcap", "/nowhere/c"), 1, "cannot write /nowhere/c: No such file or directory"),
         (("net", "--mtu", "abc"), 2, "Invalid value for '--mtu': 'abc' is not a valid number."),

@@ -1,6 +1,7 @@
 """Frames as a capture that tcpdump reads: the classic file format, with times in nanoseconds."""
 
 import os
+import stat
 import struct
 import time
 from types import TracebackType
@@ -22,16 +23,21 @@ class Capture:
     """Writes whole frames into a file, each burst at once."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Makes the file, or replaces what is in it. CommandError: that cannot be."""
+        """Opens the file, or makes it. What is in it stays until `begin`. CommandError: that cannot be."""
         self._path = os.fspath(path)
         self._error: CommandError | None = None
         self._failed = EventFd()
         try:
-            self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # it has a `close` of its own
+            self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115  # see `close`
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CommandError(f"cannot write {self._path}: {error.strerror if isinstance(error, OSError) else error}") from None
-        self._write(_FILE.pack(MAGIC, 2, 4, 0, 0, LONGEST, ETHERNET))
         self.frames = 0
+
+    def begin(self) -> None:
+        """Replaces what is in the file by a capture without frames. CommandError: the file does not take it."""
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.truncate(0)
+        self._write(_FILE.pack(MAGIC, 2, 4, 0, 0, LONGEST, ETHERNET))
 
     def fileno(self) -> int:
         """Readable when the file took no more."""

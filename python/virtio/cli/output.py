@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 DEVELOPER: Final = "VIRTIO_TRACEBACK"
 """Environment variable: if set, tracebacks are shown before the one line."""
 
+_ERRNO: Final = re.compile(r"^\[Errno \d+\] ")
 PLAIN_WIDTH: Final = 140
 """Columns of what goes to no terminal, unless COLUMNS says otherwise."""
 
@@ -103,6 +105,11 @@ def fail(text: str) -> None:
     print(f"virtio: {one_line(text)}", file=sys.stderr, flush=True)
 
 
+def words(error: Exception) -> str:
+    """What an error says, less the number of a system call's."""
+    return _ERRNO.sub("", str(error)) or type(error).__name__
+
+
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and line for what went wrong."""
     match error:
@@ -112,7 +119,7 @@ def explain(error: Exception) -> tuple[int, str]:
         case click.ClickException():
             return 1, error.format_message()
         case CommandError() | VirtioError() | OSError():
-            return 1, str(error) or type(error).__name__
+            return 1, words(error)
         case MemoryError():
             return 1, "no memory is left"
         case RuntimeError() if "can't start new thread" in str(error):

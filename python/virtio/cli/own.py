@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from virtio.cli.output import DEVELOPER, CommandError
+from virtio.cli.output import DEVELOPER, CommandError, words
 from virtio.device import check_device
 from virtio.errors import VirtioError
 
@@ -62,7 +62,7 @@ def told(error: Exception) -> str:
     """The line for it: of what a user's code raised also the type and the place. A traceback before it, if `DEVELOPER` is set."""
     if os.environ.get(DEVELOPER):
         traceback.print_exception(error, file=sys.stderr)
-    text = str(error) or type(error).__name__
+    text = words(error)
     cause = error.__cause__ if isinstance(error, EndsProgramError) else error
     frames = [
         each for each in traceback.extract_tb(cause.__traceback__ if cause else None) if not each.filename.startswith(PACKAGE + os.sep)

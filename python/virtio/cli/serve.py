@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,6 +76,12 @@ def place(socket_path: str | None, fd: int | None, client: bool, packed: bool) -
 class Types(click.Group):
     """Device types by name, and a user's own by file and class."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without a type it is told what is known."""
+        if not args and not ctx.resilient_parsing:
+            raise click.UsageError("a device type is needed: net, rng, or FILE.py:CLASS", ctx)
+        return super().parse_args(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """`FILE.py:CLASS` is a command as well."""
         if ":" in cmd_name and cmd_name not in self.commands:
@@ -130,10 +137,14 @@ def serve_net(
         other = "--peer" if wishes["peer"] is not None else "--pcap"
         hint = "" if other == "--peer" else f": run tcpdump -i {wishes['tap']} beside it"
         raise click.UsageError(f"--tap does not go together with {other}{hint}")
-    if wishes["pcap"] == "":
-        raise click.BadParameter("no file has an empty name", param_hint="'--pcap'")
-    if socket_path is not None and wishes["peer"] is not None and os.path.realpath(socket_path) == os.path.realpath(wishes["peer"]):
-        raise click.UsageError(f"--peer is another machine's socket: --socket-path is {socket_path} already")
+    if (capture := wishes["pcap"]) in ("", "-"):
+        why = "no file has an empty name" if not capture else "standard output is for events"
+        raise click.BadParameter(f"{why}: name a file, or a FIFO", param_hint="'--pcap'")
+    places = {"--socket-path": socket_path, "--peer": wishes["peer"], "--pcap": capture}
+    named = [(option, os.path.realpath(path)) for option, path in places.items() if path is not None]
+    for (one, path), (other, same) in combinations(named, 2):
+        if path == same:
+            raise click.UsageError(f"{one} and {other} are the same file, {places[other]}")
     from virtio.cli.serve_net import Wishes, serve_net
 
     with shown() as view, ExitStack() as stack:
@@ -182,7 +193,9 @@ def _own(target: str) -> click.Command:
 
     def kind() -> str:
         with aside():
-            number = int(own_class(file, name).device_id)
+            number = getattr(own_class(file, name), "device_id", None)
+        if not isinstance(number, int):
+            raise CommandError(f"{name}.device_id is {'missing' if number is None else repr(number)}: it has to be an integer")
         return TYPES.get(number, str(number))
 
     @click.command(target, cls=ServeCommand, kind=kind)
@@ -199,13 +212,13 @@ def _own(target: str) -> click.Command:
 
 
 def own_class(file: str, name: str) -> "type[Device]":
-    """CommandError: the file does not import, has no such class, or the class is no Device."""
+    """UsageError: no file or no class is named. CommandError: the file does not import, has no such class, or the class is no Device."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     from virtio import Device
 
     if not file or not name:
-        raise CommandError(f"{file}:{name} is not a file and a class, FILE.py:CLASS")
+        raise click.UsageError(f"{file}:{name} is not a file and a class, FILE.py:CLASS")
     if not os.path.isfile(file):
         raise CommandError(f"{file}: {'a folder' if os.path.isdir(file) else 'no such file'}")
     spec = spec_from_file_location(f"_served_{Path(file).stem}", file)

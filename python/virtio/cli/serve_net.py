@@ -37,6 +37,7 @@ def serve_net(served: Served, where: Place, wishes: Wishes) -> None:
     if wishes.pcap is not None:
         capture = served.stack.enter_context(Capture(wishes.pcap))
         served.ends.append(capture)
+        served.begin = capture.begin
     if wishes.peer is not None:
         _serve_peer(served, where, wishes, withheld, capture)
         return
@@ -56,7 +57,7 @@ def _serve_tap(served: Served, where: Place, wishes: Wishes, withheld: Features)
     try:
         check_name(wishes.tap)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--tap") from None
+        raise click.BadParameter(str(error), param_hint="'--tap'") from None
     device = NetDevice(mac=wishes.mac, mtu=wishes.mtu, queue_pairs=wishes.queue_pairs)
     interface = served.stack.enter_context(Netdev(device, wishes.tap, existing=True))
     interface.follow(partial(served.report, where.name))  # first: a connection that was passed begins at once, and is to be offered RARP

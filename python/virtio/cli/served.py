@@ -42,6 +42,8 @@ class Served:
         self._sockets: list[Serving] = []
         self.patches: list[Patch] = []
         self.ends: list[End] = []
+        self.begin: Callable[[], object] = lambda: None
+        """Called once everything is there, before anybody is served."""
 
     def report(self, name: str, error: Exception) -> None:
         """A front-end's mistake, or a driver's, at the socket of this name. Any thread may tell."""
@@ -68,6 +70,7 @@ class Served:
         """Until a signal, or until no front-end can come any more."""
         from virtio.cli.serving import Server, stopping
 
+        self.begin()
         with stopping() as asked, self._view.showing():
             Server(self._sockets, self._view.emit, self.report, patches=self.patches, ends=self.ends).run(asked)
 
