@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vhost_user.frontend import GUEST, Frontend
-from virtio import DriverQueue, Feature
+from virtio import DriverQueue, Feature, NetDevice
 from virtio.devices.rng import RngDevice
 from virtio.features import Features
 from virtio.vhost_user import message as wire
@@ -134,7 +134,7 @@ def test_a_path_that_is_somebody_elses_by_now_stays(tmp_path: Path, kind: str) -
     assert not os.path.exists(path)
 
 
-def test_who_reads_no_replies_is_read_no_further_and_served_all_the_same(tmp_path: Path) -> None:
+def test_device_23_who_reads_no_replies_is_read_no_further_and_served_all_the_same(tmp_path: Path) -> None:
     """The kernel has room for so many messages and no more: the front-end waits, the back-end keeps nothing and sleeps."""
     path, errors = str(tmp_path / "s"), list[Exception]()
     with Backend(path, RngDevice(), report=errors.append) as backend:
@@ -170,7 +170,7 @@ def test_who_reads_no_replies_is_read_no_further_and_served_all_the_same(tmp_pat
         waiting.close()
 
 
-def test_who_vanishes_with_replies_unread_is_gone(tmp_path: Path) -> None:
+def test_device_23_who_vanishes_with_replies_unread_is_gone(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with Backend(path, RngDevice()) as backend:
         waiting = Waiting(path, backend)
@@ -183,6 +183,41 @@ def test_who_vanishes_with_replies_unread_is_gone(tmp_path: Path) -> None:
         while backend.connections:
             backend.process(60.0)
         waiting.close()
+
+
+def test_device_23_who_reads_no_news_of_the_configuration_has_one_message_waiting(tmp_path: Path) -> None:
+    path, errors, device = str(tmp_path / "s"), list[Exception](), NetDevice()
+    with Backend(path, device, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(FEATURES)
+        frontend.start(frontend.queue(0))
+        near, far = socket.socketpair()
+        with near, far:
+            frontend.ask(F.SET_BACKEND_REQ_FD, None, [far.fileno()])
+            news, unread = wire.encode(wire.BackendRequest.CONFIG_CHANGE_MSG), 0
+            far.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    unread += far.send(news)
+            for number in range(20):
+                device.link = bool(number % 2)
+                frontend.turn()
+            assert backend.process(0.0) == 0 and backend.wait_time is None, "nothing wakes it"
+            near.settimeout(60.0)
+            while unread:
+                unread -= len(near.recv(min(unread, 1 << 16)))
+            frontend.turn()
+            assert near.recv(100) == news
+            device.link = False
+            frontend.turn()
+            assert near.recv(100) == news
+            near.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                near.recv(100)
+        assert not errors
+        device.link = True  # nobody is there any more
+        frontend.turn()
+        assert len(errors) == 1
+        assert frontend.ask(F.GET_FEATURES) is not None
 
 
 def take(frontend: Frontend, count: int) -> bytes:

@@ -67,7 +67,7 @@ def test_an_eventfd(passed: bool) -> None:
 
 
 @pytest.mark.parametrize("poll", [False, True])
-def test_a_front_end_makes_its_kicks_blocking(poll: bool, tmp_path: Path) -> None:
+def test_device_23_a_front_end_makes_its_kicks_blocking(poll: bool, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with Backend(path, Two(), poll=poll) as backend, Frontend.at(path, backend) as frontend:
         frontend.negotiate(FEATURES)
@@ -103,7 +103,7 @@ def test_a_front_end_makes_a_ring_that_is_emptied_blocking(tmp_path: Path) -> No
         assert queue.pop_used() == [(None, 0)]
 
 
-def test_a_front_end_leaves_its_channel_blocking_and_full(tmp_path: Path) -> None:
+def test_device_23_a_front_end_leaves_its_channel_blocking_and_full(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     device = NetDevice()
     with Backend(path, device) as backend, Frontend.at(path, backend) as frontend:

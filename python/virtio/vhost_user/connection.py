@@ -84,7 +84,7 @@ class Connection:
         self._status = 0
         self._unread = self._blocked = False
         self._memory = MemoryTable(device.memory)
-        self._channel = Channel()
+        self._channel = Channel(loop)
         self._log = DirtyLog(device.memory)
         self._state = StateTransfer()
         loop.watch(link.fileno(), self.receive)
@@ -305,10 +305,7 @@ class Connection:
 
     def _tell_config(self) -> None:
         self._config_changed.drain()
-        try:
-            self._channel.tell_config(self.session.protocol)
-        except TransportError as error:
-            self._loop.report(error)
+        self._channel.tell_config(self.session.protocol)
 
     def flush_log(self) -> None:
         """Carries the marks of what was written over to the front-end's log."""

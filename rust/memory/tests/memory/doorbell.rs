@@ -67,7 +67,7 @@ fn make_blocking(fd: impl AsFd) {
 }
 
 #[test]
-fn a_peer_that_makes_an_eventfd_blocking_holds_nobody() {
+fn device_23_a_peer_that_makes_an_eventfd_blocking_holds_nobody() {
     let made = EventFd::new().unwrap();
     made.share();
     let other = made.as_fd().try_clone_to_owned().unwrap();
@@ -92,7 +92,7 @@ fn a_peer_that_makes_an_eventfd_blocking_holds_nobody() {
 const ROUNDS: u64 = 1000;
 
 #[test]
-fn two_threads_that_meet_at_the_last_room_of_a_blocking_eventfd_are_not_held() {
+fn device_23_two_threads_that_meet_at_the_last_room_of_a_blocking_eventfd_are_not_held() {
     let event = Arc::new(EventFd::new().unwrap());
     let peer = event.as_fd().try_clone_to_owned().unwrap();
     event.share();
