@@ -114,7 +114,10 @@ def test_completion_prints_a_script_that_names_the_command(shell: str) -> None:
         ("virtio ", {"probe", "demo", "serve", "completion"}),
         ("virtio serve ", {"net", "rng"}),
         ("virtio de", {"demo"}),
+        ("virtio serve dice", {"dice"}),  # a file, as the shell knows them
         ("virtio probe emu", {"emulated:net", "emulated:rng"}),
+        ("virtio probe vh", {"vhost-user:"}),
+        ("virtio probe vhost-user:/run/x", {"vhost-user:/run/x"}),
         ("virtio demo --", {"--qemu", "--guest", "--kernel", "--packed", "--no-offloads", "--seconds", "--json", "--help"}),
         ("virtio completion ", {"bash", "zsh", "fish"}),
     ],

@@ -73,6 +73,13 @@ def test_capabilities_of_a_class_without_a_type_are_told(tmp_path: Path) -> None
         assert line == f"virtio: {name}.device_id is {found}: it has to be an integer"
 
 
+def test_what_is_no_file_of_pythons(tmp_path: Path) -> None:
+    assert failed(run("serve", "/dev/null:Dice", "--socket-path", "s"), 1) == "virtio: /dev/null: no file of text"
+    assert failed(run("serve", "/dev/null/d.py:Dice", "--socket-path", "s"), 1) == "virtio: /dev/null/d.py: no such file"
+    long = tmp_path / ("x" * 300)
+    assert failed(run("serve", f"{long}:Dice", "--socket-path", "s"), 1) == f"virtio: {long}: File name too long"
+
+
 def test_a_capture_of_before_stays_until_it_is_served(path: Path, tmp_path: Path) -> None:
     capture = tmp_path / "c"
     capture.write_text("of before" * 10)

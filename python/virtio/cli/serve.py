@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from virtio.cli.kinds import TYPES
 from virtio.cli.output import CommandError, aside
@@ -81,6 +83,10 @@ class Types(click.Group):
         if not args and not ctx.resilient_parsing:
             raise click.UsageError("a device type is needed: net, rng, or FILE.py:CLASS", ctx)
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Types by name, or else files, which the shell knows."""
+        return super().shell_complete(ctx, incomplete) or [CompletionItem(incomplete, type="file")]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """`FILE.py:CLASS` is a command as well."""
@@ -219,8 +225,13 @@ def own_class(file: str, name: str) -> "type[Device]":
 
     if not file or not name:
         raise click.UsageError(f"{file}:{name} is not a file and a class, FILE.py:CLASS")
-    if not os.path.isfile(file):
-        raise CommandError(f"{file}: {'a folder' if os.path.isdir(file) else 'no such file'}")
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise CommandError(f"{file}: {'no such file' if missing else error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise CommandError(f"{file}: {'a folder' if stat.S_ISDIR(mode) else 'no file of text'}")
     spec = spec_from_file_location(f"_served_{Path(file).stem}", file)
     if spec is None or spec.loader is None:
         raise CommandError(f"{file} is no Python file: its name has to end in .py")

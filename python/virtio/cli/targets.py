@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EMULATED: Final = ("net", "rng")
 """Device types of this package that stand on an emulated function."""
-EXAMPLES: Final = {"qemu": ("virtio-net-pci",)}
+EXAMPLES: Final = {"qemu": ("virtio-net-pci",), "vhost-user": ("",)}
 """What completion offers where anything may stand."""
 
 
@@ -170,6 +170,8 @@ class TargetType(click.ParamType[Target]):
         return Target(kind, rest)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Kinds, and the words behind their colons."""
+        """Kinds, and the words behind their colons; the shell knows files."""
+        if incomplete.startswith("vhost-user:") and incomplete != "vhost-user:":
+            return [CompletionItem(incomplete, type="file")]
         words = [f"{kind}:{word}" for kind, opener in OPENERS.items() for word in opener.words or EXAMPLES.get(kind, ())]
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
