@@ -12,6 +12,8 @@ export PYO3_PYTHON := $(CURDIR)/.venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 FUZZ_SECONDS ?= 600
+# A stage that takes long says where.
+PYTEST := pytest --durations=10 --durations-min=3
 CHECK := setup format clippy rust develop lint types stubs python
 TEST := $(CHECK) qemu-tools peers uml-tools uml guest-tools guest dpdk-tools dpdk libvirt-tools libvirt loom tsan fuzz-minute slow
 
@@ -24,7 +26,7 @@ help: ## this list
 check: ## the quick loop: format, lints, types, Rust and Python tests
 	@scripts/stages.sh $(CHECK)
 
-test: ## everything: check, QEMU's devices, loom, ThreadSanitizer, a minute of each fuzz target, the packages
+test: ## everything: check, QEMU's devices, loom, ThreadSanitizer, a minute of fuzzing, the packages
 	@scripts/stages.sh $(TEST)
 
 fix: setup ## format everything, and mend what ruff can
@@ -88,43 +90,43 @@ stubs:
 	python -m mypy.stubtest virtio._core
 
 python:
-	pytest -m "not slow and not qemu and not uml and not guest and not dpdk and not libvirt"
+	$(PYTEST) -m "not slow and not qemu and not uml and not guest and not dpdk and not libvirt"
 
 qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
 	@scripts/qemu.sh
 
 peers: ## the tests against QEMU's device models
-	pytest -m qemu
+	$(PYTEST) -m qemu
 
 uml-tools: ## User-Mode Linux, ip, ping and iperf3, where missing
 	@scripts/uml.sh
 
 uml: ## the tests in which Linux's own drivers use our devices
-	pytest -m uml
+	$(PYTEST) -m uml
 
 guest-tools: ## a Linux kernel and busybox for QEMU's guest, where missing
 	@scripts/guest.sh
 
 guest: ## the tests in which a Linux guest in QEMU uses our devices
-	pytest -m "guest and not slow"
+	$(PYTEST) -m "guest and not slow"
 
 dpdk-tools: ## DPDK's testpmd, Open vSwitch with DPDK, OVN, vhost-device-rng and QEMU's storage daemon, where missing
 	@scripts/dpdk.sh
 
 dpdk: ## the tests in which DPDK's driver uses our device, and our drivers DPDK's device and others
-	pytest -m dpdk
+	$(PYTEST) -m dpdk
 
 libvirt-tools: ## libvirt's daemon and its driver for QEMU, where missing
 	@scripts/libvirt.sh
 
 libvirt: ## the tests in which libvirt starts domains on our devices
-	pytest -m libvirt
+	$(PYTEST) -m libvirt
 
 fuzz-tool:
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked --root .venv cargo-fuzz
 
-fuzz-minute: fuzz-tool
-	scripts/fuzz.sh 60
+fuzz-minute: fuzz-tool ## all fuzz targets in a minute, after each has found the fault that is planted for it
+	scripts/fuzz.sh 20
 
 slow:
-	pytest -m slow
+	$(PYTEST) -m slow

@@ -9,7 +9,7 @@ if [ "$(rustc --print host-tuple)" != "$target" ]; then
     exit 1
 fi
 export CARGO_TARGET_DIR="$PWD/target/tsan" RUSTC_BOOTSTRAP=1 ROUNDS="${ROUNDS:-30000}"
-export RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"
+export RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer --cfg tsan"
 # The test harness hands results over through the standard library, which is not built for the sanitizer: that is no race, and not ours.
 mkdir -p "$CARGO_TARGET_DIR"
 echo "race:test::event::CompletedTest" >"$CARGO_TARGET_DIR/suppressions"
