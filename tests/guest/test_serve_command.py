@@ -1,4 +1,4 @@
-"""`virtio serve` under Linux in QEMU, as docs/serving.md has it: with its interface, and through its end by SIGKILL while a stream runs."""
+"""`virtio serve` under Linux in QEMU, as docs/serving.md has it: with its interface, and through its end by SIGKILL while streams run."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.serving import Serving, serving
-from tests.guest.far import FAR, listening
+from tests.guest.far import FAR
 from tests.guest.machines import Machine
+from tests.guest.streams import Streams
 from virtio.cli.initrd import Kernel
 from virtio.netdev import Namespace
 
@@ -28,7 +29,7 @@ def namespace() -> Iterator[Namespace]:
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["qemu connects", "qemu listens"])
-def test_a_stream_goes_on_through_servers_that_are_killed(kernel: Kernel, tmp_path: Path, namespace: Namespace, listens: bool) -> None:
+def test_streams_go_on_through_servers_that_are_killed(kernel: Kernel, tmp_path: Path, namespace: Namespace, listens: bool) -> None:
     path = str(tmp_path / "vm.sock")
     words = ("net", "--socket-path", path, "--tap", "tap0", *(("--client",) if listens else ()))
 
@@ -40,19 +41,14 @@ def test_a_stream_goes_on_through_servers_that_are_killed(kernel: Kernel, tmp_pa
         machine = stack.enter_context(Machine(kernel, path, chardev=",server=on,wait=off" if listens else ",reconnect=1"))
         machine.boot()
         machine.ping()
-        stack.enter_context(listening(namespace))
-        for way, moved in (("", "received_bytes"), ("-R", "sent_bytes")):
-            machine.read(f"(iperf3 -c {FAR} -t 12 -f m --connect-timeout 60000 {way} >/tmp/stream 2>&1; echo $? >/tmp/status) & sleep 1")
-            for _ in range(3):
-                server.until("counters", **{moved: MIB})
-                server.process.kill()
-                server.process.wait()
-                server = served(stack)
-                server.until("connected")
-            status, lines = machine.run(
-                "while [ ! -s /tmp/status ]; do sleep 0.2; done; cat /tmp/stream; [ $(cat /tmp/status) = 0 ]", limit=120
-            )
-            assert status == 0 and any("receiver" in line for line in lines), lines
-            machine.read("rm /tmp/status")
+        streams = Streams(machine, namespace)
+        for _ in range(3):
+            streams.until_moved(MIB)
+            server.process.kill()
+            server.process.wait()
+            server = served(stack)
+            server.until("connected")
+        streams.until_moved(MIB)
+        streams.end()
         machine.ping()
         assert [event for event in server.end() if event["event"] == "error"] == []
