@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import LIMIT, command, environment, started
-from tests.cli.serving import Serving, serving
+from tests.cli.serving import Remote, Serving, serving
 from tests.cli.test_serve import read, with_ring
+from virtio import Feature
+from virtio.features import Features
+from virtio.vhost_user import message as wire
+from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.message import ProtocolFeature
 
 CLASSES = """
 import sys
@@ -34,6 +39,18 @@ class Exit(Dice):
     def thirteen(self):
         sys.exit(5)
 
+class ResetExit(Dice):
+    def was_reset(self):
+        sys.exit(2)
+
+class ResetKey(Dice):
+    def was_reset(self):
+        {}["y"]
+
+class Mtu(virtio.NetDevice):
+    def on_mtu(self, mtu):
+        sys.exit(mtu)
+
 class Interrupt(Dice):
     def thirteen(self):
         raise KeyboardInterrupt
@@ -57,7 +74,7 @@ def own(tmp_path: Path) -> str:
     [
         ("Key", "KeyError: 'x' (own.py:18, thirteen)"),
         ("Exit", "SystemExit (5): a device does not end the program (own.py:22, thirteen)"),
-        ("Interrupt", "KeyboardInterrupt: a device does not end the program (own.py:26, thirteen)"),
+        ("Interrupt", "KeyboardInterrupt: a device does not end the program (own.py:38, thirteen)"),
     ],
 )
 def test_what_a_handler_raises_is_told_with_its_place_and_ends_one_connection(own: str, tmp_path: Path, name: str, said: str) -> None:
@@ -68,6 +85,38 @@ def test_what_a_handler_raises_is_told_with_its_place_and_ends_one_connection(ow
             frontend.queues[0].publish()
             assert served.until("error")["text"] == said
             assert read(innocent, 16) == bytes([4] * 16)
+        served.end()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ResetExit", r"SystemExit (2): a device does not end the program (own.py:26, was_reset)"),
+        ("ResetKey", r"KeyError: 'y' (own.py:30, was_reset)"),
+    ],
+)
+def test_what_is_raised_when_a_connection_ends_keeps_nothing_of_it(own: str, tmp_path: Path, name: str, said: str) -> None:
+    path = tmp_path / "s"
+    with serving(f"{own}:{name}", "--socket-path", str(path)) as served:
+        descriptors = Path(f"/proc/{served.process.pid}/fd")
+        before = len(list(descriptors.iterdir()))
+        for _ in range(3):
+            with Remote.to(path) as frontend:
+                frontend.ask(F.GET_FEATURES)
+            assert served.until("error")["text"] == said
+            assert served.event()["event"] == "disconnected"
+            assert len(list(descriptors.iterdir())) == before
+        served.end()
+
+
+def test_what_a_hook_raises_ends_one_connection(own: str, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving(f"{own}:Mtu", "--socket-path", str(path)) as served, Remote.to(path) as frontend:
+        frontend.negotiate(Features({Feature.VERSION_1}), Features({ProtocolFeature.MTU, ProtocolFeature.REPLY_ACK}))
+        with pytest.raises(ConnectionError):
+            frontend.ask(F.NET_SET_MTU, wire.U64(1400))
+        assert served.until("error")["text"] == "SystemExit (1400): a device does not end the program (own.py:34, on_mtu)"
+        served.until("disconnected")
         served.end()
 
 

@@ -42,7 +42,11 @@ def _guarding(kind: "type[Device]") -> "type[Device]":
     def was_reset(self: "Device") -> None:
         guarded(kind.was_reset)(self)
 
-    return type(kind.__name__, (kind,), {each.__name__: each for each in (handler, config_written, was_reset)})
+    def hook(name: str) -> Callable[["Device", Any], None]:
+        return lambda self, value: guarded(getattr(kind, name))(self, value)
+
+    hooks = {name: hook(name) for name in ("on_rarp", "on_mtu") if callable(getattr(kind, name, None))}
+    return type(kind.__name__, (kind,), {each.__name__: each for each in (handler, config_written, was_reset)} | hooks)
 
 
 def guarded(call: Callable[..., Any]) -> Callable[..., Any]:

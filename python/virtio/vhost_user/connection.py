@@ -312,7 +312,8 @@ class Connection:
         self._log.flush(self.rings.used_areas)
 
     def close(self) -> None:
-        """Resets the device and takes all from it; closes everything that is the connection's. Again does nothing."""
+        """Resets the device and takes all from it; closes everything that is the connection's, whatever the device raises. Again does
+        nothing."""
         if self.closed:
             return
         self.closed = True
@@ -324,13 +325,17 @@ class Connection:
                 os.close(descriptor)
         with suppress(VirtioError):
             self.flush_log()
-        self._reset()
-        self.device.connect(None)
-        self._log.close()
-        self._state.close()
-        self._memory.close()
-        self.rings.close()
-        self._config_changed.close()
-        self._serving_changed.close()
-        self._channel.close()
-        self._link.close()
+        try:
+            self._reset()
+        except Exception as error:
+            self._loop.report(error)
+        finally:
+            self.device.connect(None)
+            self._log.close()
+            self._state.close()
+            self._memory.close()
+            self.rings.close()
+            self._config_changed.close()
+            self._serving_changed.close()
+            self._channel.close()
+            self._link.close()
