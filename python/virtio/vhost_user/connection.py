@@ -217,13 +217,11 @@ class Connection:
             case fx.SetBackendChannel(descriptor):
                 self._channel.place(descriptor)
             case fx.ResetDevice():
-                self._reset()
-                self.rings.forget_inflight()
+                self._begin_anew()
             case fx.SetStatus(status):
                 self._status = status
                 if not status:
-                    self._reset()
-                    self.rings.forget_inflight()
+                    self._begin_anew()
             case fx.GetStatus():
                 return self._status | (Status.NEEDS_RESET if self.device.state is DeviceState.NEEDS_RESET else 0)
             case fx.SendRarp(value) | fx.SetMtu(value):
@@ -247,6 +245,12 @@ class Connection:
             self.rings.features = features
         self._log.wanted = log
         self._log.start()
+
+    def _begin_anew(self) -> None:
+        """The front-end asks for a device reset (2.4): no ring runs until it is given a kick again."""
+        self.rings.stop()
+        self._reset()
+        self.rings.forget_inflight()
 
     def _take_off(self) -> None:
         for index in range(len(self.rings.each)):

@@ -116,6 +116,11 @@ class Rings:
         ring.started = False
         return ring
 
+    def stop(self) -> None:
+        """None is started any more, as after a device reset."""
+        for index in range(len(self.each)):
+            self._stopped(index)
+
     # Rings on and off the device.
 
     def place(self, index: int) -> None:
