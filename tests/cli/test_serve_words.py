@@ -1,8 +1,12 @@
 """What `virtio serve` says and to whom: events in their order, standard output that is theirs alone, and lines that tell what is wrong."""
 
+import fcntl
 import json
+import os
 import socket
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from tests.cli.run import LIMIT, command, environment, failed, run, started
 from tests.cli.serving import Serving, serving
 from tests.cli.test_serve import read, with_ring
+from virtio.vhost_user.message import U64, FrontendRequest, encode
 
 TALKS = """
 import os
@@ -184,4 +189,54 @@ def test_output_that_goes_nowhere_is_told(path: Path, words: tuple[str, ...], wh
         stdin=subprocess.DEVNULL,
     )
     assert (done.returncode, done.stderr) == (1, f"virtio: cannot write to standard output: {why}\n")
+    assert not path.exists()
+
+
+def quarrel(path: Path, times: int) -> None:
+    """As many messages that are refused, and one that is answered; and then one by another front-end."""
+    for refused in (times, 0):
+        with socket.socket(socket.AF_UNIX) as frontend:
+            frontend.settimeout(LIMIT)
+            frontend.connect(str(path))
+            for _ in range(refused):
+                frontend.sendall(encode(FrontendRequest.SEND_RARP, U64(0)))  # not negotiated
+            frontend.sendall(encode(FrontendRequest.GET_FEATURES))
+            assert frontend.recv(100)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_who_does_not_read_events_stops_nobody(path: Path, blocking: bool) -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, blocking)
+    words = command("serve", "rng", "--socket-path", str(path))
+    with started(words, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment()) as process, open(ours, "rb") as events:
+        os.close(theirs)
+        assert json.loads(events.readline())["event"] == "serving"
+        quarrel(path, 3000)  # more than the pipe holds, and more than wait
+        process.terminate()
+        told = [json.loads(line) for line in events.read().splitlines()]
+        assert process.wait(LIMIT) == 0, process.stderr and process.stderr.read()
+    lost = sum(each["events"] for each in told if each["event"] == "lost")
+    assert lost > 0 and told[-1]["event"] == "end"
+    assert lost + sum(each["event"] == "error" for each in told) >= 3000
+
+
+def test_who_never_reads_events_is_named_at_the_end(path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, bytes(fcntl.fcntl(theirs, fcntl.F_GETPIPE_SZ)))
+    words = command("serve", "rng", "--socket-path", str(path))
+    try:
+        with started(words, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+            end = time.monotonic() + LIMIT
+            while process.poll() is None and time.monotonic() < end:
+                with suppress(FileNotFoundError, ConnectionRefusedError):
+                    quarrel(path, 3)
+                    break
+                time.sleep(0.01)
+            process.terminate()
+            assert process.wait(LIMIT) == 1
+            assert process.stderr is not None and "nobody reads it" in process.stderr.read()
+    finally:
+        os.close(ours)
+        os.close(theirs)
     assert not path.exists()

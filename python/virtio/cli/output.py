@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -40,7 +41,7 @@ class OutputError(OSError):
 class Output(io.FileIO):
     """Standard output, whose errors say what it is that could not be written."""
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int | None:  # type: ignore[override]  # None: it would block
         """As of any file. OutputError; BrokenPipeError: whoever reads has seen enough."""
         try:
             return super().write(data)
@@ -54,7 +55,15 @@ class Output(io.FileIO):
         """Nothing less."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self.write(rest) :]
+            if (written := self.write(rest)) is None:  # somebody made it non-blocking
+                self._wait()
+                continue
+            rest = rest[written:]
+
+    def _wait(self) -> None:
+        room = select.poll()
+        room.register(self.fileno(), select.POLLOUT)
+        room.poll()
 
 
 def tell_of_errors() -> None:
