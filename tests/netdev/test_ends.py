@@ -1,7 +1,6 @@
 """How interfaces begin and end: errors that say what is wrong, links, resets, and nothing left behind."""
 
 import gc
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import descriptors
 from tests.netdev.cables import FAR, NEAR, OFFLOADS, Cable
 from virtio import DeviceNeedsReset, NetDevice, NetDriver, NetFeature, SpecViolation, StatusError, TransportError
 from virtio.netdev import Namespace, Netdev, TapError
@@ -75,8 +75,7 @@ def test_a_closed_interface_leaves_nothing() -> None:
     with Cable(*OFFLOADS) as cable:  # what is made once for a process
         cable.pair()
     del cable
-    gc.collect()
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, before = threading.active_count(), descriptors()
     with Cable(*OFFLOADS) as cable:
         pair = cable.pair()
         cable.ping(1)
@@ -89,8 +88,7 @@ def test_a_closed_interface_leaves_nothing() -> None:
             with pytest.raises(StatusError):
                 each.start()
     del cable, pair, each
-    gc.collect()
-    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == descriptors
+    assert threading.active_count() == threads and descriptors() <= before
 
 
 def test_the_carrier_follows_the_link(ring_format: str) -> None:
@@ -228,6 +226,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from virtio.netdev import TapError
+from tests.leftovers import descriptors
 from tests.netdev.cables import Cable
 try:
     with Cable() as cable:

@@ -1,6 +1,5 @@
 """An interface goes with its device through resets, moves, and front-ends that vanish: over vhost-user, with a front-end by hand."""
 
-import gc
 import socket
 import subprocess
 import threading
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import all_closed
 from tests.netdev.wires import Wire, carrier, frame, number_of
-from tests.vhost_user.frontend import GUEST, PROTOCOL, SIZE, USER, Frontend, descriptors
+from tests.vhost_user.frontend import GUEST, PROTOCOL, SIZE, USER, Frontend
 from tests.vhost_user.guest import Guest, eventually
 from virtio import Feature, NetDevice, NetDriver, NetFeature, SpecViolation, StatusError, TransportError
 from virtio.devices.net import WANTED
@@ -53,14 +53,9 @@ def device(request: pytest.FixtureRequest) -> NetDevice:
 @pytest.fixture
 def tap(device: NetDevice, namespace: Namespace, errors: list[Exception]) -> Iterator[Netdev]:
     """Follows its device, and leaves nothing."""
-    gc.collect()
-    before = descriptors()
-    with Netdev(device, "tap0", namespace=namespace) as made:
+    with all_closed(), Netdev(device, "tap0", namespace=namespace) as made:
         made.follow(errors.append)
         yield made
-    gc.collect()
-    assert threading.active_count() == 1
-    assert descriptors() <= before
 
 
 @pytest.fixture

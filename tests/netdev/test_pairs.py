@@ -1,7 +1,6 @@
 """Interfaces with a queue for each queue pair: flows stay on theirs through the kernel, and only pairs in use have traffic."""
 
 import errno
-import gc
 import os
 import socket
 import threading
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import all_closed
 from tests.net.flows import udp
 from tests.netdev.wires import carrier
-from tests.vhost_user.frontend import descriptors
 from virtio import Feature, NetDevice, NetDriver, StatusError
 from virtio.devices.net import WANTED
 from virtio.features import Features
@@ -29,15 +28,10 @@ LIMIT = 60.0
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
-    gc.collect()
-    before = descriptors()
-    with Namespace() as made:
+    with all_closed(), Namespace() as made:
         with made.entered():
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         yield made
-    gc.collect()
-    assert threading.active_count() == 1
-    assert descriptors() <= before
 
 
 class Wire:

@@ -1,6 +1,5 @@
 """The machine itself: what QEMU refuses, what it dies of, and that nothing of it stays behind."""
 
-import gc
 import os
 import select
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import all_closed
 from tests.qemu.conftest import How, Machines, at, only
 from virtio import EventFd, Memory, NetDriver, StatusError, TransportError
 from virtio.devices.rng import RngDriver
@@ -26,10 +26,6 @@ pytestmark = pytest.mark.qemu
 RNG = "virtio-rng-pci,disable-legacy=on"
 
 
-def open_files() -> set[str]:
-    return {f"{entry.name} {os.readlink(entry)}" for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
-
-
 def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
@@ -37,11 +33,9 @@ def children() -> list[str]:
 @pytest.fixture(autouse=True)
 def _nothing_stays() -> Iterator[None]:
     """Around every test here, and outside `machines`: threads, descriptors and processes are as before."""
-    files, threads, processes = open_files(), set(threading.enumerate()), children()
-    yield
-    gc.collect()  # a driver and its queue pairs know each other
-    assert set(threading.enumerate()) == threads
-    assert open_files() == files
+    processes = children()
+    with all_closed():
+        yield
     assert children() == processes
 
 

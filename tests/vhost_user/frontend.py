@@ -1,7 +1,6 @@
 """A front-end by hand, in the same process as the back-end: what it sends is handled when it asks for the answer."""
 
 import array
-import os
 import socket
 from collections.abc import Iterable
 from types import TracebackType
@@ -163,8 +162,3 @@ class Frontend:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def descriptors() -> set[str]:
-    """What this process has open."""
-    return set(os.listdir("/proc/self/fd"))

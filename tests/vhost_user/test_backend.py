@@ -1,7 +1,6 @@
 """The back-end with a front-end by hand: what it does when all is well, and what remains whole when nothing is."""
 
 import asyncio
-import gc
 import os
 import resource
 import select
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import all_closed, descriptors
 from tests.readable import readable
-from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
+from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend
 from virtio import Burst, EventFd, Feature, Memory, NetDevice
 from virtio.device import Device
 from virtio.devices.rng import RngDevice
@@ -41,25 +41,10 @@ def rng() -> RngDevice:
 
 
 @pytest.fixture
-def errors() -> list[Exception]:
-    return []
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "s")
-
-
-@pytest.fixture
 def backend(path: str, errors: list[Exception]) -> Iterator[Backend]:
     """A random generator for each front-end; in the end nothing is left open."""
-    gc.collect()
-    before = descriptors()
-    with Backend(path, rng, report=errors.append) as made:
+    with all_closed(), Backend(path, rng, report=errors.append) as made:
         yield made
-    gc.collect()
-    assert descriptors() <= before
-    assert threading.active_count() == 1
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
+from tests.leftovers import descriptors
+from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend
 from virtio import Burst, EventFd, Feature, Memory, NetDevice, NetFeature
 from virtio.features import Features
 from virtio.vhost_user import message as wire

@@ -1,6 +1,5 @@
 """Our drivers on a back-end of ours that is another process: traffic, configuration, loss and return."""
 
-import gc
 import os
 import socket
 import threading
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.frontend import descriptors
+from tests.leftovers import all_closed
 from tests.vhost_user.serving import PATIENCE, Serving, until
 from virtio import DeviceId, Driver, Feature, FeatureNegotiationError, Memory, NetDevice, NetDriver, StatusError, TransportError
 from virtio.devices.net import NetFeature
@@ -35,17 +34,8 @@ WITHOUT = {
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    gc.collect()
-    before = descriptors()
-    yield
-    gc.collect()
-    assert descriptors() <= before
-    assert threading.active_count() == 1
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "s")
+    with all_closed():
+        yield
 
 
 def expected(first: int, count: int) -> bytes:

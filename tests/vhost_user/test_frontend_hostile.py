@@ -1,15 +1,13 @@
 """A front-end of ours whose back-end lies, is silent, or vanishes: a typed exception, and nothing is left open."""
 
-import gc
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.vhost_user.frontend import descriptors
+from tests.leftovers import all_closed
 from tests.vhost_user.hostile import OFFERED, PROTOCOL, Answer, ByHand, reply
 from tests.vhost_user.serving import PATIENCE, until
 from virtio import DeviceId, FeatureNegotiationError, NetDriver, TransportError
@@ -23,12 +21,8 @@ from virtio.vhost_user.message import FrontendRequest as F
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    gc.collect()
-    before = descriptors()
-    yield
-    gc.collect()
-    assert descriptors() <= before
-    assert threading.active_count() == 1
+    with all_closed():
+        yield
 
 
 def opened(far: ByHand, timeout: float = PATIENCE) -> VhostUserTransport:

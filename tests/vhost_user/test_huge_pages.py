@@ -42,11 +42,6 @@ def _huge_pages() -> Iterator[None]:
             RESERVED.write_text(str(before))
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "s")
-
-
 class Machine(Frontend):
     """Its memory is a file of two huge pages, of which the second is passed."""
 

@@ -1,13 +1,13 @@
 """A front-end truncates the file that its machine's memory is, under rings that run: its device needs a reset, others go on (device-24)."""
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend, descriptors
+from tests.leftovers import all_closed
+from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend
 from virtio import Burst, Chain, DeviceQueue, DriverQueue, Feature, Memory, NetDevice, Status
 from virtio.device import Device
 from virtio.features import Features
@@ -58,29 +58,21 @@ class Swallows(NetDevice):
         """Nothing to do: they are completed."""
 
 
-@pytest.fixture
-def errors() -> list[Exception]:
-    return []
-
-
 @pytest.fixture(params=[False, True], ids=["asleep", "polling"])
 def serve(request: pytest.FixtureRequest, tmp_path: Path, errors: list[Exception]) -> Iterator[Callable[[Callable[[], Device]], Backend]]:
     """A back-end whose connections have a device each; nothing of it is left open."""
-    gc.collect()
-    before = descriptors()
     made: list[Backend] = []
 
     def start(device: Callable[[], Device]) -> Backend:
         made.append(Backend(str(tmp_path / "s"), device, poll=request.param, report=errors.append))
         return made[-1]
 
-    yield start
-    for backend in made:
-        backend.close()
-    made.clear()
-    errors.clear()  # whose tracebacks know the devices
-    gc.collect()
-    assert descriptors() <= before
+    with all_closed():
+        yield start
+        for backend in made:
+            backend.close()
+        made.clear()
+        errors.clear()  # whose tracebacks know the devices
 
 
 class Machine(Frontend):

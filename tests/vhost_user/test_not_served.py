@@ -25,11 +25,6 @@ class Forgetful(Device):
         raise NotImplementedError
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "s")
-
-
 def test_a_device_whose_constructor_forgot_its_base_class(path: str) -> None:
     with pytest.raises(TypeError, match=r"^Forgetful\.__init__ does not call super\(\).__init__\(\)$"):
         Backend(path, Forgetful())

@@ -1,13 +1,13 @@
 """In-flight tracking over a connection: what stands in the area, what a successor does with it, and areas that lie or go away."""
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.frontend import GUEST, Frontend, descriptors
+from tests.leftovers import all_closed
+from tests.vhost_user.frontend import GUEST, Frontend
 from virtio import Chain, DeviceQueue, DriverQueue, Feature, GuestMemory, Memory
 from virtio.device import Device
 from virtio.features import Features
@@ -51,11 +51,6 @@ class Keeper(Device):
 
 
 @pytest.fixture
-def errors() -> list[Exception]:
-    return []
-
-
-@pytest.fixture
 def devices() -> list[Keeper]:
     return []
 
@@ -68,13 +63,10 @@ def backend(tmp_path: Path, devices: list[Keeper], errors: list[Exception]) -> I
         devices.append(Keeper())
         return devices[-1]
 
-    gc.collect()
-    before = descriptors()
-    with Backend(str(tmp_path / "s"), make, report=errors.append) as made:
-        yield made
-    devices.clear()
-    gc.collect()
-    assert descriptors() <= before
+    with all_closed():
+        with Backend(str(tmp_path / "s"), make, report=errors.append) as made:
+            yield made
+        devices.clear()
 
 
 @pytest.fixture
