@@ -1,5 +1,6 @@
 """One end's life over the loopback transport: initialization, configuration, resets that fail, and closing (2.4, 2.5, 3.1, 3.3)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -263,6 +264,18 @@ def test_a_device_type_needs_a_handler_for_each_queue() -> None:
 
     with pytest.raises(TypeError, match="Half has no method on_transmitq"):
         Half()
+
+    class Late(Half):
+        async def on_transmitq(self, queue: DeviceQueue) -> None:
+            pass
+
+    class Lazy(Half):
+        def on_transmitq(self, queue: DeviceQueue) -> Iterator[None]:
+            yield
+
+    for kind in (Late, Lazy):
+        with pytest.raises(TypeError, match=rf"{kind.__name__}\.on_transmitq is a coroutine or a generator: a call of it does nothing"):
+            kind()
 
 
 def test_a_transport_has_one_driver_at_a_time(ring_features: Features) -> None:

@@ -36,6 +36,7 @@ POLL_ROUNDS: Final = 64
 """How often one `poll` calls a queue's handler at most, so that a driver that never stops does not keep it for ever."""
 
 
+_LAZY: Final = 0x2A0  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 LONGEST_CHAIN: Final = 1024
 """The highest `chain_limit`, unless the queue has more entries."""
 
@@ -167,8 +168,10 @@ class Device:
         self._queues_move = False
         self._assumed = Features()
         for index, name in enumerate(self.queues):
-            if not callable(self.handler(index)):
+            if not callable(handler := self.handler(index)):
                 raise TypeError(f"{type(self).__name__} has no method on_{name} for its queue {name!r}")
+            if getattr(getattr(handler, "__code__", None), "co_flags", 0) & _LAZY:
+                raise TypeError(f"{type(self).__name__}.on_{name} is a coroutine or a generator: a call of it does nothing")
 
     # What a device type may override, beside its queues' handlers.
 

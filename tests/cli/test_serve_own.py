@@ -39,6 +39,13 @@ class Exit(Dice):
     def thirteen(self):
         sys.exit(5)
 
+class Own(Dice):
+    def thirteen(self):
+        raise Base("mine")
+
+class Base(BaseException):
+    pass
+
 class ResetExit(Dice):
     def was_reset(self):
         sys.exit(2)
@@ -74,7 +81,8 @@ def own(tmp_path: Path) -> str:
     [
         ("Key", "KeyError: 'x' (own.py:18, thirteen)"),
         ("Exit", "SystemExit (5): a device does not end the program (own.py:22, thirteen)"),
-        ("Interrupt", "KeyboardInterrupt: a device does not end the program (own.py:38, thirteen)"),
+        ("Own", "Base (mine): a device does not end the program (own.py:26, thirteen)"),
+        ("Interrupt", "KeyboardInterrupt: a device does not end the program (own.py:45, thirteen)"),
     ],
 )
 def test_what_a_handler_raises_is_told_with_its_place_and_ends_one_connection(own: str, tmp_path: Path, name: str, said: str) -> None:
@@ -91,8 +99,8 @@ def test_what_a_handler_raises_is_told_with_its_place_and_ends_one_connection(ow
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ResetExit", r"SystemExit (2): a device does not end the program (own.py:26, was_reset)"),
-        ("ResetKey", r"KeyError: 'y' (own.py:30, was_reset)"),
+        ("ResetExit", r"SystemExit (2): a device does not end the program (own.py:33, was_reset)"),
+        ("ResetKey", r"KeyError: 'y' (own.py:37, was_reset)"),
     ],
 )
 def test_what_is_raised_when_a_connection_ends_keeps_nothing_of_it(own: str, tmp_path: Path, name: str, said: str) -> None:
@@ -115,8 +123,14 @@ def test_what_a_hook_raises_ends_one_connection(own: str, tmp_path: Path) -> Non
         frontend.negotiate(Features({Feature.VERSION_1}), Features({ProtocolFeature.MTU, ProtocolFeature.REPLY_ACK}))
         with pytest.raises(ConnectionError):
             frontend.ask(F.NET_SET_MTU, wire.U64(1400))
-        assert served.until("error")["text"] == "SystemExit (1400): a device does not end the program (own.py:34, on_mtu)"
+        assert served.until("error")["text"] == "SystemExit (1400): a device does not end the program (own.py:41, on_mtu)"
         served.until("disconnected")
+        served.end()
+
+
+def test_two_signals_at_once_are_one(own: str, tmp_path: Path) -> None:
+    with serving(f"{own}:Dice", "--socket-path", str(tmp_path / "s")) as served:
+        served.process.send_signal(signal.SIGTERM)
         served.end()
 
 

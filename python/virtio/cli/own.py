@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from virtio.cli.output import DEVELOPER, CommandError, words
+from virtio.cli.signals import Interrupted
 from virtio.device import check_device
 from virtio.errors import VirtioError
 
@@ -50,12 +51,14 @@ def _guarding(kind: "type[Device]") -> "type[Device]":
 
 
 def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, whose SystemExit and KeyboardInterrupt are `EndsProgramError`. A signal is neither of them here."""
+    """`call`, whose SystemExit and KeyboardInterrupt are `EndsProgramError`, and what else is no `Exception`. A signal is none of them."""
 
     def guard(*values: Any) -> Any:
         try:
             return call(*values)
-        except (SystemExit, KeyboardInterrupt) as error:
+        except (Exception, Interrupted):
+            raise
+        except BaseException as error:
             code = f" ({error})" if str(error) else ""
             raise EndsProgramError(f"{type(error).__name__}{code}: a device does not end the program") from error
 

@@ -5,7 +5,6 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -153,8 +152,7 @@ def serve_net(
             raise click.UsageError(f"{one} and {other} are the same file, {places[other]}")
     from virtio.cli.serve_net import Wishes, serve_net
 
-    with shown() as view, ExitStack() as stack:
-        served = Served(stack, view)
+    with shown() as view, Served(view) as served:
         serve_net(served, where, Wishes(**wishes))
         served.run()
 
@@ -187,8 +185,7 @@ def _serve_any(view: View, make: "Callable[[], Device]", queues: Sequence[str], 
         counted.add(device)
         return device
 
-    with ExitStack() as stack:
-        served = Served(stack, view)
+    with Served(view) as served:
         served.add(where, made, counted, what)
         served.run()
 

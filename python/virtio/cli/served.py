@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from virtio.cli.output import CommandError
 from virtio.cli.own import told
@@ -33,17 +34,24 @@ class Place(NamedTuple):
 
 
 class Served:
-    """What is to be served, and what becomes of it: `add` sockets, then `run`."""
+    """What is to be served, and what becomes of it, as a context: `add` sockets, then `run`. All that is on its `stack` ends with it."""
 
-    def __init__(self, stack: ExitStack, shown: View) -> None:
+    def __init__(self, shown: View) -> None:
         from virtio.cli.serving import Serving
 
-        self.stack, self._view = stack, shown
+        self.stack, self._signals, self._view = ExitStack(), ExitStack(), shown
         self._sockets: list[Serving] = []
         self.patches: list[Patch] = []
         self.ends: list[End] = []
         self.begin: Callable[[], object] = lambda: None
         """Called once everything is there, before anybody is served."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._signals:  # what asked for the end once more does not disturb it
+            self.stack.close()
 
     def report(self, name: str, error: Exception) -> None:
         """A front-end's mistake, or a driver's, at the socket of this name. Any thread may tell."""
@@ -71,7 +79,8 @@ class Served:
         from virtio.cli.serving import Server, stopping
 
         self.begin()
-        with stopping() as asked, self._view.showing():
+        asked = self._signals.enter_context(stopping())
+        with self._view.showing():
             Server(self._sockets, self._view.emit, self.report, patches=self.patches, ends=self.ends).run(asked)
 
 

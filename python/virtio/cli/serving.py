@@ -16,6 +16,8 @@ from virtio.vhost_user.backend import Backend
 
 INTERVAL: Final = 1.0
 """Seconds between counts."""
+AT_ONCE: Final = 0.5
+"""Seconds in which several signals ask for one end: a process and its group are often sent one each."""
 LOOK: Final = 0.005
 """Seconds after which frames that wait for room are tried again."""
 
@@ -48,13 +50,18 @@ class End(Protocol):
 
 @contextmanager
 def stopping() -> Iterator[EventFd]:
-    """What the first signal that asks for an end signals. The second one is for whoever had signals before."""
-    asked = EventFd()
+    """What the first signal that asks for an end signals. The second one is for whoever had signals before, unless it comes at once."""
+    asked, first = EventFd(), 0.0
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        restore()
-        asked.signal()
+        nonlocal first
+        if not first:
+            first = monotonic()
+            asked.signal()
+        elif monotonic() - first > AT_ONCE:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():
