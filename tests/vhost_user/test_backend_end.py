@@ -1,14 +1,16 @@
 """No ring is served for a front-end that has gone or has stopped it: the memory may be a file that somebody else has by now."""
 
+import gc
 import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.leftovers import descriptors
 from tests.vhost_user.frontend import GUEST, Frontend
 from virtio import DriverQueue, Feature, NetDevice
 from virtio.devices.rng import RngDevice
@@ -118,6 +120,40 @@ def test_messages_that_take_long_are_not_all_heard_in_one_turn(tmp_path: Path) -
         for number in range(1, 4):
             backend.process()
             assert len(written) == number
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("cannot be"), SystemExit(3), KeyboardInterrupt()], ids=lambda raised: type(raised).__name__
+)
+def test_whatever_devices_raise_when_they_are_reset_all_connections_are_closed(raised: BaseException, tmp_path: Path) -> None:
+    class Raising(RngDevice):
+        armed = False
+
+        def was_reset(self) -> None:
+            if self.armed:
+                raise raised
+
+    path, made, errors, before = str(tmp_path / "s"), list[Raising](), list[Exception](), descriptors()
+
+    def next_device() -> Raising:
+        made.append(Raising())
+        return made[-1]
+
+    backend = Backend(path, next_device, report=errors.append)
+    both = [Waiting(path, backend) for _ in range(2)]
+    for device in made:
+        device.armed = True
+    for each in both:
+        each.ask()
+    with nullcontext() if isinstance(raised, Exception) else pytest.raises(type(raised)):
+        backend.close()
+    assert not os.path.exists(path) and backend.connections == 0
+    assert errors == ([raised] * 2 if isinstance(raised, Exception) else [])
+    for each in both:
+        assert each.frontend.socket.recv(1) == b"" and each.served() == 0
+        each.close()
+    gc.collect()
+    assert descriptors() <= before
 
 
 @pytest.mark.parametrize("kind", ["back-end", "front-end"])

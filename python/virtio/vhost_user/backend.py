@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
@@ -209,8 +209,12 @@ class Backend:
         if self._closed:
             return
         self._closed = True
-        for connection in self._connections:
-            connection.close()
+        with ExitStack() as left:  # whatever leaves one of them, the others are closed
+            left.callback(self._release)
+            for connection in self._connections:
+                left.callback(connection.close)
+
+    def _release(self) -> None:
         self._connections.clear()
         if self._listener is not None:
             if self._place is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Final
 
@@ -316,30 +316,38 @@ class Connection:
         self._log.flush(self.rings.used_areas)
 
     def close(self) -> None:
-        """Resets the device and takes all from it; closes everything that is the connection's, whatever the device raises. Again does
-        nothing."""
+        """Resets the device and takes all from it; closes all that is the connection's. Whatever a step raises, the others are taken.
+
+        Again does nothing.
+        """
         if self.closed:
             return
         self.closed = True
-        self._loop.unwatch(self._link.fileno())
-        self._loop.unwatch(self._config_changed.fileno())
-        self._loop.unwatch(self._serving_changed.fileno())
+        with ExitStack() as left:  # what is named last is the first
+            for each in (self._link, self._channel, self._serving_changed, self._config_changed, self.rings):
+                left.callback(self._last, each.close)
+            for owned in (self._memory, self._state, self._log):
+                left.callback(self._last, owned.close)
+            left.callback(self._last, lambda: self.device.connect(None))
+            for step in (self.device.reset, self._take_off, self._flush_last, self._forget, self._unwatch):
+                left.callback(self._last, step)
+
+    def _last(self, step: Callable[[], object]) -> None:
+        """One step of `close`."""
+        try:
+            step()
+        except Exception as error:
+            self._loop.report(error)
+
+    def _unwatch(self) -> None:
+        for each in (self._link, self._config_changed, self._serving_changed):
+            self._loop.unwatch(each.fileno())
+
+    def _forget(self) -> None:
         for effect in self.session.end():
             for descriptor in descriptors_of(effect):
                 os.close(descriptor)
-        with suppress(VirtioError):
+
+    def _flush_last(self) -> None:
+        with suppress(VirtioError):  # a log that is gone
             self.flush_log()
-        try:
-            self._reset()
-        except Exception as error:
-            self._loop.report(error)
-        finally:
-            self.device.connect(None)
-            self._log.close()
-            self._state.close()
-            self._memory.close()
-            self.rings.close()
-            self._config_changed.close()
-            self._serving_changed.close()
-            self._channel.close()
-            self._link.close()
