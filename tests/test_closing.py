@@ -6,18 +6,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from tests.leftovers import descriptors
 from tests.transports import KINDS, over
-from virtio import DeviceId, EventFd, NetDevice, NetDriver, StatusError
+from tests.vhost_user.frontend import Frontend
+from virtio import DeviceId, EventFd, Feature, NetDevice, NetDriver, StatusError
 from virtio.devices.rng import RngDevice, RngDriver
+from virtio.features import Features
 from virtio.netdev import Namespace, Netdev, TapError
 from virtio.transport.loopback import LoopbackTransport
 from virtio.transport.vhost_user import VhostUserTransport
+from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
+from virtio.vhost_user.message import FrontendRequest
 
 PATIENCE = 60.0
 
@@ -215,6 +220,35 @@ def test_a_back_end_that_serves(tmp_path: Path) -> None:
     for call in (backend.fileno, backend.process, backend.__enter__):
         with pytest.raises(StatusError, match="the back-end is closed"):
             call()
+
+
+@pytest.mark.parametrize("where", ["another thread", "its handler"])
+def test_a_back_end_whose_device_is_at_work(where: str, tmp_path: Path) -> None:
+    """What is being carried out comes to its end before anything is closed under it."""
+    errors, found, before = list[Exception](), list[bool](), descriptors()
+
+    class Closing(RngDevice):
+        def write_config(self, offset: int, data: bytes) -> None:
+            if where == "its handler":
+                backend.close()
+            else:
+                closer.start()
+                closer.join(0.2)  # it waits, however long that is
+            found.append(closer.is_alive() and self.connected)
+
+    backend = Backend(tmp_path / "s", Closing(), report=errors.append)
+    closer = Thread(target=backend.close)
+    with Frontend.at(str(tmp_path / "s"), backend) as frontend, ThreadPoolExecutor(1) as pool:
+        frontend.negotiate(Features({Feature.VERSION_1}))
+        frontend.raw(wire.encode(FrontendRequest.SET_CONFIG, wire.Config(0, 1, 0, b"x")) + wire.encode(FrontendRequest.GET_FEATURES))
+        with pytest.raises(StatusError, match="the back-end is closed"):
+            pool.submit(backend.serve).result(PATIENCE)
+        if where == "another thread":
+            closer.join(PATIENCE)
+        assert found == [where == "another thread"]
+        assert not backend.connections and not errors
+    backend.close()
+    assert descriptors() <= before
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from threading import RLock
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
@@ -104,7 +105,9 @@ class Backend:
         self._sleep: tuple[select.epoll, EventFd] | None = select.epoll(), EventFd()
         self._epoll.register(self._wake.fileno(), select.EPOLLIN)
         self._stopping = False
-        self._closed = False
+        self._turn = RLock()
+        """Held while anything but sleeping is done, so that nothing is closed under it; by a handler that closes, too."""
+        self._closed = self._ended = False
         if first is not None:
             self._begin(first)
         self._accept_or_not()
@@ -144,20 +147,28 @@ class Backend:
         """
         if timeout is not None:
             timeout = arguments.seconds("timeout", timeout)
-        if self._closed:
-            self._over()
-        if self._connecting and not self._connections and self._retry_at <= time.monotonic():
-            self._connect()
-        if self._accept_at is not None:
-            self._accept_or_not()
-        wait = self.wait_time
-        sleep = wait if timeout is None else timeout if wait is None else min(wait, timeout)
+        with self._turn:
+            if self._closed:
+                self._over()
+            if self._connecting and not self._connections and self._retry_at <= time.monotonic():
+                self._connect()
+            if self._accept_at is not None:
+                self._accept_or_not()
+            wait = self.wait_time
+            sleep = wait if timeout is None else timeout if wait is None else min(wait, timeout)
+            epoll, wake = self._sleep or self._over()  # held, so that they stay open until this is awake
+        events = epoll.poll(-1 if sleep is None else sleep)
+        del epoll, wake  # which an exception would keep
+        with self._turn:
+            return self._carry_out(events, math.inf if timeout is None else timeout)
+
+    def _carry_out(self, events: list[tuple[int, int]], spin: float) -> int:
         # Messages first: a ring that is disabled or moved by one, or whose front-end is gone, is not served once more as it was.
-        done, others = self._hear(-1 if sleep is None else sleep)
+        done, others = self._hear(events)
         heard = time.monotonic()
         for descriptor in others:
             if time.monotonic() - heard > FRESH:  # what was served before took its time
-                done += self._hear(0)[0]
+                done += self._hear(self._epoll.poll(0))[0]
                 heard = time.monotonic()
             if descriptor == self._wake.fileno():
                 self._wake.drain()
@@ -167,27 +178,24 @@ class Backend:
         for connection in self._connections:
             if connection.busy:
                 if time.monotonic() - heard > FRESH:
-                    done += self._hear(0)[0]
+                    done += self._hear(self._epoll.poll(0))[0]
                     heard = time.monotonic()
-                done += connection.spin(math.inf if timeout is None else timeout)
+                done += connection.spin(spin)
             if connection.logging and not connection.closed:
                 connection.flush_log()
         self._forget()
         return done
 
-    def _hear(self, sleep: float) -> tuple[int, list[int]]:
-        """Carries out the messages that are there or come within `sleep` seconds; on how many connections, and what else is ready."""
-        epoll, wake = self._sleep or self._over()  # held, so that they stay open until this is awake
-        events = [descriptor for descriptor, _ in epoll.poll(sleep)]
-        del epoll, wake  # which an exception would keep
-        if self._closed:
+    def _hear(self, events: list[tuple[int, int]]) -> tuple[int, list[int]]:
+        """Carries out the messages that are among `events`; on how many connections, and what else is ready. StatusError: closed."""
+        if self._closed:  # or somebody waits for this turn's end to do that
             self._over()
         links = {connection.descriptor for connection in self._connections}
-        said = [descriptor for descriptor in events if descriptor in links]
+        said = [descriptor for descriptor, _ in events if descriptor in links]
         for descriptor in said:
             if (call := self._watched.get(descriptor)) is not None:
                 call()
-        return len(said), [descriptor for descriptor in events if descriptor not in links]
+        return len(said), [descriptor for descriptor, _ in events if descriptor not in links]
 
     def serve(self) -> None:
         """Processes until `stop`, or until the only connection that there can be has ended. StatusError: closed meanwhile."""
@@ -204,12 +212,13 @@ class Backend:
     def close(self) -> None:
         """Ends all connections, resets their devices, and removes the socket that it made, unless its path is somebody else's by now.
 
-        Again does nothing.
+        From any thread: it waits for what another one is processing, a device's handler say. Again does nothing.
         """
-        if self._closed:
-            return
-        self._closed = True
-        with ExitStack() as left:  # whatever leaves one of them, the others are closed
+        self._closed = True  # a thread that processes begins nothing more
+        with self._turn, ExitStack() as left:  # whatever leaves one of them, the others are closed
+            if self._ended:
+                return
+            self._ended = True
             left.callback(self._release)
             for connection in self._connections:
                 left.callback(connection.close)
