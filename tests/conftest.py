@@ -1,10 +1,12 @@
 """What all tests share: the two ring formats, and how hypothesis runs."""
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.leftovers import descriptors
 from virtio.features import Features
 from virtio.spec import Feature
 
@@ -18,6 +20,18 @@ def pytest_collection_finish() -> None:
     """All that is there before the first test stays: who looks for garbage after a test need not look at it."""
     gc.collect()
     gc.freeze()
+
+
+LEFT = 200
+"""Descriptors that a whole session may leave: many times what it does, and a tenth of what one kind of test that leaves some comes to."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_piles_up() -> Iterator[None]:
+    before = len(descriptors())
+    yield
+    left = descriptors()
+    assert len(left) <= before + LEFT, f"{len(left) - before} descriptors are left of the whole session"
 
 
 @pytest.fixture(params=["split", "packed"])

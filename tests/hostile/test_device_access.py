@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.hostile.sides import BASE, BUFFERS, INDIRECT, MEMORY, NEXT, PAYLOAD, WRITE, DeviceSide, raises_once
+from tests.leftovers import descriptors
 from virtio import Chain, Feature, MalformedChain, Memory, SpecViolation, StatusError
 from virtio.spec import DescriptorFlag
 from virtio.testing import RawPackedDriver, Segment
@@ -181,6 +182,28 @@ def test_device_11_a_span_outside_memory_breaks_the_queue_when_used(ring_format:
     with pytest.raises(StatusError, match="broken"):
         chain.read() if direction == "read" else chain.write(b"\xff" * (before + min(length, 64)))
     side.stands_still(caught.value)
+
+
+@pytest.mark.parametrize("outlives", ["queue", "chain"])
+def test_a_mistake_that_was_caught_keeps_nothing_alive(ring_format: str, outlives: str) -> None:
+    """Its traceback knows the chain and the queue, which keeps it: garbage, whichever of the two was let go first."""
+    before = descriptors()
+
+    def meet() -> None:
+        side = DeviceSide(ring_format, size=SIZE)
+        side.offer([(END, 16, False)])
+        kept: list[object] = [*side.queue.pop()]
+        if outlives == "queue":
+            kept.append(side.queue)
+        (chain, *_) = kept
+        assert isinstance(chain, Chain)
+        del side
+        with pytest.raises(SpecViolation):
+            chain.read()
+
+    for _ in range(3):
+        meet()
+    assert descriptors() <= before
 
 
 @pytest.mark.parametrize("place", [place for place in OUTSIDE if OUTSIDE[place][1] <= 16])

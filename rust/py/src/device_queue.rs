@@ -443,19 +443,22 @@ impl DeviceQueue {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // Chains and batches may share the queue, and what it keeps would then be visited for one of its owners only.
-        if Arc::strong_count(&self.shared) == 1
-            && let Ok(state) = self.shared.mutex().try_lock()
-        {
-            visit.call(&state.broken)?;
+        // Chains, batches and pumps share the queue; this one owner visits for all of them, who never show what it keeps. Its traceback
+        // knows the queue wherever somebody has caught it, and so often a chain too. Locked means in use, and so no garbage.
+        match self.shared.mutex().try_lock() {
+            Ok(state) => visit.call(&state.broken),
+            Err(_) => Ok(()),
         }
-        Ok(())
     }
 
     fn __clear__(&self) {
-        let Ok(mut state) = self.shared.mutex().try_lock() else { return };
-        let garbage = state.broken.take();
-        drop(state);
-        drop(garbage);
+        self.shared.forget();
+    }
+}
+
+impl Drop for DeviceQueue {
+    /// Chains may be left, and be known to the traceback of what `broken` keeps.
+    fn drop(&mut self) {
+        self.shared.unasked();
     }
 }

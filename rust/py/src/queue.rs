@@ -4,6 +4,8 @@ use crate::errors::{self, Error};
 use crate::lock::Fair;
 use crate::ring::Ring;
 use pyo3::prelude::*;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard};
 use virtio_memory::BoundToProcess;
 use virtio_net_path::pump::runner::Wake;
@@ -49,12 +51,14 @@ pub struct Core<S: Side> {
     pub ring: Ring,
     process: BoundToProcess,
     state: Fair<State<S>>,
+    /// There is nobody left who can be asked for `broken`, which keeps nothing then.
+    unasked: AtomicBool,
 }
 
 impl<S: Side> Core<S> {
     pub fn new(ring: Ring, open: S) -> Self {
         let state = State { open: Some(open), last: S::Last::default(), broken: None, wake: None };
-        Core { ring, process: BoundToProcess::new(), state: Fair::new(state) }
+        Core { ring, process: BoundToProcess::new(), state: Fair::new(state), unasked: AtomicBool::new(false) }
     }
 
     #[inline]
@@ -82,12 +86,26 @@ impl<S: Side> Core<S> {
         let (error, kept) = errors::latch(py, self.ring.format, error);
         if let Some(exception) = kept {
             let mut state = self.state.lock(py);
-            let old = state.broken.replace(exception);
+            let old = if self.unasked.load(Relaxed) { Some(exception) } else { state.broken.replace(exception) };
             state.tell();
             drop(state);
             drop(old);
         }
         error
+    }
+
+    /// Drops the exception that broke it, unless the queue is in use.
+    pub fn forget(&self) {
+        let Ok(mut state) = self.state.mutex.try_lock() else { return };
+        let garbage = state.broken.take();
+        drop(state);
+        drop(garbage);
+    }
+
+    /// Keeps none any more: there is nobody left to ask for it.
+    pub fn unasked(&self) {
+        self.unasked.store(true, Relaxed);
+        self.forget();
     }
 
     /// The exception that broke it.
