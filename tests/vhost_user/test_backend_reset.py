@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.frontend import Frontend
-from virtio import DriverQueue, NetDevice
+from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend
+from tests.vhost_user.serving import Echo
+from virtio import DriverQueue, Feature, NetDevice
 from virtio.device import Device, DeviceState
 from virtio.devices.rng import RngDevice
 from virtio.features import Features
+from virtio.spec import Status
 from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.message import Region
 
+FEATURES = Features({Feature.VERSION_1})
 RESETS = [(F.SET_STATUS, wire.U64(0)), (F.RESET_DEVICE, None)]
 
 
@@ -48,4 +52,80 @@ def test_after_a_reset_no_ring_runs_until_it_has_a_kick_again(
         frontend.start(again)
         assert device.state is DeviceState.DRIVER_OK and device.queue(index) is not None
         assert bool(give(frontend, again, writable=writable)) == (make is RngDevice)
+    assert not errors
+
+
+def break_ring(frontend: Frontend, queue: DriverQueue) -> None:
+    """As only a hostile driver would (device-05)."""
+    frontend.memory.store(queue.areas[1] - GUEST + 2, 2, 999)
+    frontend.kicks[queue.index].signal()
+    frontend.turn()
+
+
+def needs_reset(frontend: Frontend) -> bool:
+    reply = frontend.ask(F.GET_STATUS)
+    assert reply is not None
+    return bool(reply.payload.value & Status.NEEDS_RESET)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["a ring breaks", "the device says so while one is disabled"])
+def test_device_22_a_device_that_needs_a_reset_stays_so_whatever_is_enabled(tmp_path: Path, *, enabled: bool) -> None:
+    path, device, errors = str(tmp_path / "s"), Echo(), list[Exception]()
+    with Backend(path, device, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(FEATURES)
+        queues = [frontend.queue(index) for index in range(2)]
+        for queue in queues:
+            frontend.start(queue, enabled=enabled or queue.index == 1)
+        assert not needs_reset(frontend)
+        if enabled:
+            break_ring(frontend, queues[1])
+            assert frontend.errors[1].drain()
+        else:
+            device.need_reset()
+        for index in (0, 1, 0, 1):
+            for value in (0, 1):
+                assert not frontend.refused(F.SET_VRING_ENABLE, wire.VringState(index, value))
+                frontend.kicks[index].signal()
+                frontend.turn()
+                assert needs_reset(frontend)
+        frontend.map([Region(GUEST, SIZE // 2, USER, 0), Region(GUEST + SIZE // 2, SIZE // 2, USER + SIZE // 2, SIZE // 2)])
+        assert needs_reset(frontend)
+        assert ["2.7.6" in str(error) for error in errors] == [True] * enabled, "told once"
+        assert not frontend.errors[1].drain()
+
+
+@pytest.mark.parametrize("stops", [True, False], ids=["stops", "disables"])
+def test_device_22_without_a_reset_rings_that_are_set_up_anew_run_and_no_other(tmp_path: Path, *, stops: bool) -> None:
+    """There are front-ends that can say no more than that."""
+    path, device, errors = str(tmp_path / "s"), Echo(), list[Exception]()
+    with Backend(path, device, report=errors.append) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(FEATURES)
+        queues = [frontend.queue(index) for index in range(2)]
+        for queue in queues:
+            frontend.start(queue)
+        break_ring(frontend, queues[1])
+        assert errors.pop() and needs_reset(frontend)
+        for index in range(2):
+            if stops:
+                frontend.stop(index)
+            else:
+                assert not frontend.refused(F.SET_VRING_ENABLE, wire.VringState(index, 0))
+        again = frontend.queue(0)
+        frontend.start(again)
+        assert not needs_reset(frontend) and device.queue(1) is None
+        assert not frontend.refused(F.SET_VRING_ENABLE, wire.VringState(1, 1))
+        frontend.kicks[1].signal()
+        frontend.turn()
+        assert not needs_reset(frontend) and device.queue(1) is None
+        if not stops:
+            assert not frontend.refused(F.SET_VRING_ENABLE, wire.VringState(1, 0))
+        transmitq = frontend.queue(1)
+        frontend.start(transmitq)
+        again.add("room", writable=[frontend.room(200)])
+        again.publish()
+        transmitq.add("frame", readable=[frontend.room(72, bytes(12) + b"f" * 60)])
+        transmitq.publish()
+        frontend.kicks[1].signal()
+        frontend.turn()
+        assert again.pop_used() == [("room", 72)]
     assert not errors

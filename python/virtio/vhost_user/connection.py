@@ -240,6 +240,7 @@ class Connection:
 
     def _set_features(self, features: Features, log: bool) -> None:
         if features != self.rings.features:
+            self.rings.forget_broken()
             self._reset()
             self.rings.forget_inflight()
             self.rings.features = features

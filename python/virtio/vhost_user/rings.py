@@ -94,7 +94,7 @@ class Rings:
                 self.take_off(index)
                 ring = self.each[index]
                 ring.kick = _replaced(ring.kick, EventFd() if descriptor is None else EventFd.from_fd(descriptor))
-                ring.polled, ring.started = descriptor is None, True
+                ring.polled, ring.started, ring.fresh = descriptor is None, True, self._device.state is DeviceState.NEEDS_RESET
             case fx.SetVringCall(index, descriptor):
                 ring, old = self.each[index], self.each[index].call
                 ring.call = None if descriptor is None else EventFd.from_fd(descriptor, stream=True)  # User-Mode Linux passes a socket
@@ -121,6 +121,12 @@ class Rings:
         for index in range(len(self.each)):
             self._stopped(index)
 
+    def forget_broken(self) -> None:
+        """Before the device begins anew: if it needs a reset, only rings that were given a kick since go on with it."""
+        if self._device.state is DeviceState.NEEDS_RESET:
+            for ring in self.each:
+                ring.started, ring.fresh = ring.started and ring.fresh, False
+
     # Rings on and off the device.
 
     def place(self, index: int) -> None:
@@ -129,6 +135,8 @@ class Rings:
         ready = ring.started and ring.size > 0 and ring.areas is not None and self.features is not None
         on = ready and ring.enabled
         discarding = ready and not on and index in self._device.discarded
+        if self._device.state is DeviceState.NEEDS_RESET and not ring.fresh:  # nobody began anew
+            on, discarding = on and ring.on, discarding and ring.discarding is not None
         if ring.on == on and (ring.discarding is not None) == discarding:
             return
         self.take_off(index)
@@ -147,6 +155,7 @@ class Rings:
             others = [other for other, each in enumerate(self.each) if each.on or each.discarding]
             for other in others:
                 self.take_off(other)
+            self.forget_broken()
             assumed = {CTRL_VQ} if device.device_id == DeviceId.NETWORK else ()
             try:
                 device.begin(self.features & device.offered, assumed=assumed)

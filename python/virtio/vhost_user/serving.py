@@ -37,6 +37,8 @@ class Ring:
     error: EventFd | None = None
     polled: bool = False
     started: bool = False
+    fresh: bool = False
+    """Whether it was given a kick since the device needs a reset."""
     enabled: bool = False
     on: bool = False
     discarding: DeviceQueue | None = None
