@@ -102,6 +102,7 @@ def test_places_where_no_back_end_is(tmp_path: Path) -> None:
         assert why in failed(run("probe", f"vhost-user:{where}"), 1)
 
 
+@pytest.mark.slow
 def test_one_that_says_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "silent")
     with socket.socket(socket.AF_UNIX) as silent:

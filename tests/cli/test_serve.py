@@ -264,13 +264,13 @@ def test_a_machine_that_takes_nothing_does_not_keep_the_other_from_sending(path:
         one, two = Guest(near, SPLIT), Guest(far, SPLIT)
         one.start()
         two.start()
-        for number in range(100):  # the other machine has 16 buffers, and gives none back
+        for number in range(50):  # the other machine has 16 buffers, and gives none back; the rest is waited for once in a while
             one.send(number)
-        served.until("counters", received_frames=100)
+        served.until("counters", received_frames=50)
         found = len(two.receive())
         assert found >= 16
         before = capture.stat().st_size
-        assert before == 24 + sum(16 + len(frame(number)) for number in range(100))  # each once
+        assert before == 24 + sum(16 + len(frame(number)) for number in range(50))  # each once
         two.frames = []
         two.send(7)  # nor from being sent to
         one.expect([7])
@@ -581,8 +581,7 @@ def test_an_idle_back_end_takes_no_time(path: Path) -> None:
             fields = Path(f"/proc/{served.process.pid}/stat").read_text().rpartition(")")[2].split()
             return int(fields[11]) + int(fields[12])
 
-        best = min(_spent(ticks) for _ in range(5))
-        assert best <= 20  # of a hundred in a second, which who polls would take
+        assert any(_spent(ticks) <= 20 for _ in range(5))  # of a hundred in a second, which who polls would take
 
 
 def _spent(ticks: Callable[[], int]) -> int:
