@@ -763,7 +763,7 @@ class Pump:
         """`frames`, `bytes`, `drops` (by reason, as a port's), `refused` (by the TAP), `steps`, and its runner's `sleeps`."""
     @property
     def error(self) -> BaseException | None:
-        """What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone."""
+        """What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone, or OSError."""
     @property
     def running(self) -> bool:
         """Whether a runner has it, and it has not stopped with an error."""

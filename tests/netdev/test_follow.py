@@ -1,5 +1,6 @@
 """An interface goes with its device through resets, moves, and front-ends that vanish: over vhost-user, with a front-end by hand."""
 
+import os
 import socket
 import subprocess
 import threading
@@ -214,6 +215,44 @@ def test_a_hostile_driver_breaks_the_queue_once_and_the_interface_waits_for_a_re
     assert wire.receive(1) == [7]
     assert tap.running and not frontend.errors[1].drain()
     assert not errors
+
+
+@pytest.mark.parametrize("kind", ["stream", "datagrams", "the read end of a pipe"])
+def test_device_23_a_descriptor_that_takes_no_signal_tells_nobody_and_frames_go_on(
+    frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception], kind: str
+) -> None:
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    read_end, write_end = os.pipe()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_DGRAM) as nobody:
+        call = read_end if kind.startswith("the") else nobody.fileno()
+        for index in (0, 1):
+            assert not frontend.refused(F.SET_VRING_CALL, wire_format.U64(index), [call])
+    for number in range(5):
+        guest.send(number)
+        wire.ready().send(number)
+    assert wire.receive(5) == list(range(5))
+    guest.expect(list(range(5)))
+    assert tap.running and not errors
+    for end in (read_end, write_end):
+        os.close(end)
+
+
+def test_device_23_kicks_that_are_as_many_as_can_be_end_nothing(
+    frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception]
+) -> None:
+    """The kernel calls that an error of the descriptor."""
+    guest = Guest(frontend, ring_features)
+    guest.start()
+    for number in range(5):
+        base = frontend.stop(0)
+        frontend.kicks[0].drain()
+        os.eventfd_write(frontend.kicks[0].fileno(), (1 << 64) - 2)
+        frontend.kicks[0].signal()  # as the kernel does, which counts one further
+        frontend.start(guest.receiveq, base=base)
+        wire.ready().send(number)
+        guest.expect([number])
+    assert tap.running and not errors
 
 
 def test_a_reset_begins_anew(frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception]) -> None:

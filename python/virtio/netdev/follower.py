@@ -130,7 +130,7 @@ class Follower:
                 if interface._life is life:
                     interface._halt()
         for error in (*errors, *late):
-            if not isinstance(error, SpecViolation | StatusError):
+            if not isinstance(error, SpecViolation | StatusError | OSError):  # OSError: of a notification
                 self._give_up(error)
                 return
             self._tell(error)

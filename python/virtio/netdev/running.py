@@ -201,7 +201,8 @@ class Running:
             self._ended.close()
 
     def check(self) -> None:
-        """Raises what ended it: SpecViolation or StatusError of a queue, DeviceNeedsReset, TransportError (device or TAP is gone)."""
+        """Raises what ended it: SpecViolation or StatusError of a queue, DeviceNeedsReset, TransportError (device or TAP is gone), OSError
+        (a notification failed)."""
         if self._error is not None:
             raise self._error
 

@@ -56,6 +56,8 @@ pub struct Ready {
     pub readable: u64,
     /// An error, or nobody at the other end any more.
     pub failed: u64,
+    /// Of these, those that are not just an eventfd that holds all it can.
+    pub lost: u64,
 }
 
 /// Sleeps until one of these descriptors has something to read, if that is wanted of it, or an error to tell; at most `timeout` (`None`: for
@@ -85,7 +87,9 @@ pub fn wait_ready<'a>(
     let mut found = Ready::default();
     for (index, place) in polled[..count].iter().enumerate() {
         found.readable |= u64::from(place.revents & libc::POLLIN != 0) << index;
-        found.failed |= u64::from(place.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0) << index;
+        let lost = place.revents & (libc::POLLHUP | libc::POLLNVAL) != 0;
+        found.lost |= u64::from(lost) << index;
+        found.failed |= u64::from(lost || place.revents & libc::POLLERR != 0) << index;
     }
     Ok(found)
 }

@@ -84,10 +84,11 @@ impl EventFd {
         self.shared.store(true, Ordering::Relaxed);
     }
 
-    /// Signals it, without waiting. One that holds as many signals as it can is signalled already.
+    /// Signals it, without waiting. One that holds as many signals as it can is signalled already. A stream that takes none, whatever the
+    /// reason, is of somebody who wants to hear nothing.
     ///
     /// # Errors
-    /// `Os` if a passed descriptor turns out to take no such write.
+    /// `Os` if a passed descriptor turns out to be no eventfd, where there was no /proc to tell.
     #[inline]
     pub fn signal(&self) -> Result<(), MemoryError> {
         let one = 1u64.to_ne_bytes();
@@ -116,8 +117,7 @@ impl EventFd {
                 }
             }
         };
-        // A stream that nobody reads any more has nobody to tell.
-        if written >= 0 || matches!(last_errno(), libc::EAGAIN | libc::EINTR | libc::EPIPE) {
+        if written >= 0 || !matches!(self.kind, Kind::EventFd) || matches!(last_errno(), libc::EAGAIN | libc::EINTR) {
             Ok(())
         } else {
             Err(MemoryError::last_os("write"))

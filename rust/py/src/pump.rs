@@ -16,10 +16,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use virtio_memory::{BoundToProcess, MemoryError, duplicate, let_go, set_nonblocking};
-use virtio_net_path::Rules;
 use virtio_net_path::header::MAX_FRAME;
 use virtio_net_path::pump::runner::{self, Beside, MAX_STATIONS, Station, Wake};
 use virtio_net_path::pump::{DeviceReceive, DeviceTransmit, DriverReceive, DriverTransmit, PumpCounters, Step};
+use virtio_net_path::{BurstError, Rules};
 use virtqueue::{AnyDevice, AnyDriver};
 
 /// Linux' EBADFD: the TAP's device is gone.
@@ -73,11 +73,19 @@ pub struct Pump {
 }
 
 /// What went wrong with a TAP is nobody's mistake.
-fn transport(error: Error) -> Error {
+fn tap_failed(error: BurstError) -> Error {
     match error {
-        Error::Memory(MemoryError::Os { errno: EBADFD, .. }) => Error::Transport("the TAP is gone".into()),
-        Error::Memory(error @ MemoryError::Os { .. }) => Error::Transport(format!("the TAP failed: {error}")),
-        error => error,
+        BurstError::Memory(MemoryError::Os { errno: EBADFD, .. }) => Error::Transport("the TAP is gone".into()),
+        BurstError::Memory(error @ MemoryError::Os { .. }) => Error::Transport(format!("the TAP failed: {error}")),
+        error => error.into(),
+    }
+}
+
+/// All else that the system refuses has to do with whoever is at the other end of the queue.
+fn ended(error: Error) -> Error {
+    match error {
+        Error::Memory(MemoryError::Os { errno: EBADFD, operation }) => tap_failed(MemoryError::Os { errno: EBADFD, operation }.into()),
+        error => error.of_system("a notification failed"),
     }
 }
 
@@ -275,7 +283,7 @@ impl Pump {
         Ok(all)
     }
 
-    /// What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone.
+    /// What stopped it: `queue.broken`, StatusError if the queue was closed, TransportError if the TAP is gone, or OSError.
     #[getter]
     fn error(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         lock(py, &self.error).as_ref().map(|error| error.clone_ref(py))
@@ -347,7 +355,7 @@ impl Station for Running<'_> {
                     };
                     // What went before an error goes.
                     open.publish(&queue.ring)?;
-                    Ok(step?)
+                    step.map_err(tap_failed)
                 })
             }
             Queue::Device(shared) => shared.with_pump(|open| {
@@ -357,7 +365,7 @@ impl Station for Running<'_> {
                     Kind::DriverTransmit(_) | Kind::DriverReceive(_) => Ok(Step::default()),
                 };
                 open.publish(&shared.ring)?;
-                Ok(step?)
+                step.map_err(tap_failed)
             }),
         };
         let mut statistics = self.pump.statistics.lock().unwrap_or_else(PoisonError::into_inner);
@@ -411,7 +419,7 @@ impl Station for Running<'_> {
 
     fn ended(&mut self, error: Error) {
         let failed = Python::attach(|py| {
-            let exception = PyErr::from(transport(error)).into_value(py).into_any();
+            let exception = PyErr::from(ended(error)).into_value(py).into_any();
             let old = lock(py, &self.pump.error).replace(exception.clone_ref(py));
             drop(old);
             self.pump.running.store(false, Relaxed);

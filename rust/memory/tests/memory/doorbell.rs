@@ -2,7 +2,7 @@
 
 use crate::memory;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -42,8 +42,7 @@ fn what_a_descriptor_names_is_let_go_and_its_number_stays() {
 #[test]
 fn a_passed_descriptor_is_made_non_blocking() {
     // SAFETY: eventfd touches no memory; the descriptor that comes back is ours alone.
-    let passed = unsafe { std::os::fd::OwnedFd::from_raw_fd(libc::eventfd(0, 0)) };
-    use std::os::fd::FromRawFd;
+    let passed = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, 0)) };
     let other = passed.try_clone().unwrap();
     let event = EventFd::from_fd(passed).unwrap();
     // SAFETY: fcntl with this command touches no memory.
@@ -210,6 +209,16 @@ fn a_passed_descriptor_that_is_no_eventfd_is_refused() {
     }
     let file = std::fs::File::open("/proc/self/exe").unwrap();
     assert!(matches!(EventFd::from_fd(file.into()), Err(MemoryError::NotEventFd { .. })));
+}
+
+#[test]
+fn a_stream_that_takes_nothing_has_nobody_to_tell() {
+    // SAFETY: socket touches no memory; a descriptor that comes back is ours alone.
+    let socket = |kind| unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_UNIX, kind, 0)) };
+    let (read_end, _write_end) = std::io::pipe().unwrap();
+    for end in [socket(libc::SOCK_STREAM), socket(libc::SOCK_DGRAM), read_end.into()] {
+        assert_eq!(EventFd::from_fd_or_stream(end).unwrap().signal(), Ok(()));
+    }
 }
 
 #[test]

@@ -139,13 +139,19 @@ fn private_bytes_stand_before_and_behind_guest_segments() {
 fn whoever_waits_wakes_when_one_of_several_can_be_read_or_has_failed() {
     let ((quiet, keep), (from, mut to)) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
     to.write_all(&[1]).unwrap();
-    let ready = |readable, failed| Ok(virtio_memory::Ready { readable, failed });
+    let ready = |readable, lost| Ok(virtio_memory::Ready { readable, failed: lost, lost });
     assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), true), (from.as_fd(), true)], None), ready(2, 0));
     assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), true), (from.as_fd(), false)], Some(Duration::ZERO)), ready(0, 0));
     drop(keep);
     assert_eq!(virtio_memory::wait_ready([(quiet.as_fd(), false), (from.as_fd(), false)], None), ready(0, 1));
     let many = std::iter::repeat_n((from.as_fd(), true), 65);
     assert!(matches!(virtio_memory::wait_ready(many, None), Err(MemoryError::BadSize { value: 65, max: 64, .. })));
+    let event = virtio_memory::EventFd::new().unwrap();
+    event.share();
+    std::fs::File::from(event.as_fd().try_clone_to_owned().unwrap()).write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
+    event.signal().unwrap(); // as the kernel signals: one more than a write can
+    let full = virtio_memory::wait_ready([(event.as_fd(), true)], None).unwrap();
+    assert_eq!((full.readable, full.lost), (1, 0));
 }
 
 #[test]

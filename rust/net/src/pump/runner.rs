@@ -20,6 +20,8 @@ const ROUNDS: u32 = 64;
 
 /// Linux' EINTR: a signal handler ran.
 const EINTR: i32 = 4;
+/// Linux' EPIPE: nobody is at the other end any more.
+const EPIPE: i32 = 32;
 
 /// A pump with its queue, its TAP and what wakes it.
 pub trait Station {
@@ -185,12 +187,17 @@ fn sleep<S: Station>(places: &mut Vec<Place<'_, S>>, wake: &Wake, longest: Optio
     keep(places, |place| {
         let (tap, event) = (1 << bit, 1 << (bit + 1));
         bit += 2;
-        if ready.readable & event != 0 {
+        // The other end may fill an eventfd to where the kernel calls it an error, and until it is drained nobody sleeps.
+        if (ready.readable | ready.failed) & event != 0 {
             place.station.event().drain().map_err(BurstError::from)?;
         }
-        if (ready.failed & (tap | event)) != 0 {
+        if ready.failed & tap != 0 {
             place.disarm();
             return Err(gone().into());
+        }
+        if ready.lost & event != 0 {
+            place.disarm();
+            return Err(BurstError::from(MemoryError::Os { operation: "poll", errno: EPIPE }).into());
         }
         Ok(())
     });
