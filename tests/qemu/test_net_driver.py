@@ -292,6 +292,7 @@ def test_qemu_killed_in_the_middle_of_traffic(machines: Machines, interrupts: Ho
         thread.start()
         assert running.wait(PATIENCE)
         drain.join(PATIENCE)
+        assert not drain.is_alive(), "frames stay away"
         os.kill(machine.pid, signal.SIGKILL)
         thread.join(PATIENCE)
         assert not thread.is_alive()
