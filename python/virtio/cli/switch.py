@@ -5,14 +5,17 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Final, Self
 
-from virtio import BufferPool, Burst, DeviceQueue, Memory, SpecViolation
+from virtio import BufferPool, Burst, DeviceQueue, Memory
 from virtio.cli.capture import Capture
 from virtio.devices.net import NetDevice
 from virtio.devices.net_pairs import HANDLER_BURST, HANDLER_ROUNDS
+from virtio.errors import VirtioError
 from virtio.netdev import SLOT_SIZE
 
 SLOTS: Final = 256
 """Of `SLOT_SIZE` each, for a queue pair of two machines: a burst of each, and as many to fill."""
+MISTAKES: Final = (VirtioError, OSError)
+"""What a machine's queues raise, OSError if it cannot be told of something."""
 PATIENCE: Final = 2.0
 """Seconds that a machine's frames wait for the other to have room for any of them."""
 
@@ -67,7 +70,7 @@ class _Lane:
         if queue is not None and doorbell is not None:
             try:
                 self.serve(queue)
-            except SpecViolation as error:
+            except MISTAKES as error:  # in the other machine's handler
                 self._patch.report(error)
             doorbell.signal()
         elif not self._patch.pass_on(self._held):
@@ -155,8 +158,9 @@ class Patch(NetDevice):
             self.send(burst)
             if burst.count and self._room():
                 self.send(burst)
-        except SpecViolation as error:  # this machine's mistake, not that of who sends
+        except MISTAKES as error:  # this machine's, not that of who sends
             self.report(error)
+            return False
         return self._live
 
     def _room(self) -> bool:
