@@ -1,6 +1,5 @@
 """The back-end with a front-end by hand: what it does when all is well, and what remains whole when nothing is."""
 
-import asyncio
 import os
 import resource
 import select
@@ -302,16 +301,9 @@ def test_a_dirty_log_costs_what_is_written_not_how_far_the_guest_reaches(fronten
         assert log.read(address // 4096 // 8, 1)[0] >> address // 4096 % 8 & 1
 
 
-def test_idle_it_sleeps_and_asyncio_can_run_it(backend: Backend, path: str) -> None:
-    async def session() -> bytes:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(backend.fileno(), backend.process)
-        with Frontend.at(path, backend) as frontend:
-            return live(frontend)(16)
-
-    assert asyncio.run(session()) == BYTES
-    assert backend.process() >= 0
-    backend.process()
+def test_idle_it_sleeps(backend: Backend, frontend: Frontend) -> None:
+    assert live(frontend)(16) == BYTES
+    frontend.turn()
     sleeper = select.poll()
     sleeper.register(backend.fileno(), select.POLLIN)
     assert not sleeper.poll(0)  # nothing to wake it, nothing to look at by itself

@@ -3,7 +3,8 @@
     with Backend("/tmp/net.sock", Answer()) as backend:
         backend.serve()
 
-Any thread, or a signal handler, may call `stop`. With asyncio: `loop.add_reader(backend.fileno(), backend.process)`.
+Any thread, or a signal handler, may call `stop`. With asyncio: `await backend.run()`. Any other loop calls `process` when `fileno` is
+readable, and after `wait_time` seconds.
 """
 
 import logging
@@ -23,6 +24,7 @@ from virtio._core import EventFd
 from virtio.device import Device, check_device
 from virtio.errors import StatusError, TransportError
 from virtio.features import Features, features_of
+from virtio.port import readable
 from virtio.vhost_user.connection import PROTOCOL, Connection
 from virtio.vhost_user.socket import Link, Place, adopt, check_path, connect, listen, listening
 
@@ -123,7 +125,7 @@ class Backend:
         return not self._connections and self._listener is None and not self._connecting
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `process` has something to do. StatusError: closed."""
+        """A descriptor that is readable when `process` has something to do, but for what time brings: `wait_time`. StatusError: closed."""
         return self._epoll.fileno()
 
     @property
@@ -203,8 +205,24 @@ class Backend:
             self.process(None)
         self._stopping = False
 
+    async def run(self) -> None:
+        """As `serve`, in a task of an asyncio loop: that loop's thread is the one that processes, whenever there is something to do."""
+        import asyncio
+
+        while not self._stopping and not self.ended:
+            if (wait := self.wait_time) == 0:
+                await asyncio.sleep(0)  # whoever else has something to do
+            else:
+                epoll, wake = self._sleep or self._over()  # held, as in `process`
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await readable(epoll)
+                del epoll, wake
+            self.process()
+        self._stopping = False
+
     def stop(self) -> None:
-        """Lets `serve` return. From any thread, or from a signal handler."""
+        """Lets `serve` and `run` return. From any thread, or from a signal handler."""
         self._stopping = True
         with suppress(StatusError):
             self._wake.signal()
