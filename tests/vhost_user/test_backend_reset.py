@@ -1,11 +1,15 @@
-"""A back-end's rings after its device was reset, or came to need that: none runs on that was not set up anew."""
+"""A back-end's rings after its device was reset, or came to need that: none runs on that was not set up anew. And after a refused request,
+when all run on as before."""
 
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.vhost_user.frontend import GUEST, SIZE, USER, Frontend
 from tests.vhost_user.serving import Echo
+from tests.without_proc import without_proc
 from virtio import DriverQueue, Feature, NetDevice
 from virtio.device import Device, DeviceState
 from virtio.devices.rng import RngDevice
@@ -129,3 +133,26 @@ def test_device_22_without_a_reset_rings_that_are_set_up_anew_run_and_no_other(t
         frontend.turn()
         assert again.pop_used() == [("room", 72)]
     assert not errors
+
+
+def keeps_its_call() -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Backend(f"{folder}/s", Echo()) as backend,
+        Frontend.at(f"{folder}/s", backend) as frontend,
+        socket.socket(socket.AF_UNIX) as nobody,
+    ):
+        frontend.negotiate(FEATURES)
+        queue = frontend.queue(1)
+        frontend.start(frontend.queue(0))
+        frontend.start(queue)
+        for enabled in (0, 1):  # emptied, and on the device
+            frontend.ask(F.SET_VRING_ENABLE, wire.VringState(1, enabled))
+            frontend.calls[1].drain()
+            assert frontend.refused(F.SET_VRING_CALL, wire.U64(1), [nobody.fileno()])
+            assert give(frontend, queue, writable=False) == [("buffer", 0)]
+            assert frontend.calls[1].drain()
+
+
+def test_a_call_descriptor_that_is_refused_changes_nothing() -> None:
+    without_proc(keeps_its_call)

@@ -96,14 +96,17 @@ class Rings:
                 ring.kick = _replaced(ring.kick, EventFd() if descriptor is None else EventFd.from_fd(descriptor))
                 ring.polled, ring.started, ring.fresh = descriptor is None, True, self._device.state is DeviceState.NEEDS_RESET
             case fx.SetVringCall(index, descriptor):
-                ring, old = self.each[index], self.each[index].call
-                ring.call = None if descriptor is None else EventFd.from_fd(descriptor, stream=True)  # User-Mode Linux passes a socket
+                ring = self.each[index]
+                call = None if descriptor is None else EventFd.from_fd(descriptor, stream=True)  # User-Mode Linux passes a socket
+                told = call if ring.on or ring.discarding else None
+                if told is not None:
+                    told.signal()  # one that takes none is refused here, and the old one stays
                 for queue in (self._device.queue(index) if ring.on else None, ring.discarding):
                     if queue is not None and queue.broken is None:
-                        queue.connect(ring.call)
-                if ring.call is not None and (ring.on or ring.discarding):
-                    ring.call.signal()  # what the old one was told may be lost
-                _replaced(old, None)
+                        queue.connect(call)
+                if told is not None:
+                    told.signal()  # what the old one was told meanwhile may be lost
+                ring.call = _replaced(ring.call, call)
             case fx.SetVringErr(index, descriptor):
                 self.take_off(index)
                 ring = self.each[index]
