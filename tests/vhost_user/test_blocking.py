@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhost_user.frontend import GUEST, Frontend
+from tests.vhost_user.frontend import GUEST, PROTOCOL, Frontend
 from tests.vhost_user.hostile import ByHand
 from tests.vhost_user.serving import PATIENCE, until
 from virtio import Chain, DeviceId, DeviceQueue, EventFd, Feature, NetDevice, NetDriver
@@ -20,8 +20,10 @@ from virtio.device import Device
 from virtio.errors import DeviceNeedsReset
 from virtio.features import Features
 from virtio.transport.vhost_user import VhostUserTransport
+from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.message import FrontendRequest as F
+from virtio.vhost_user.message import ProtocolFeature
 
 FULL = (1 << 64) - 2
 """What a write can fill it with; the kernel itself may add one more."""
@@ -121,6 +123,20 @@ def test_device_23_a_front_end_leaves_its_channel_blocking_and_full(tmp_path: Pa
             device.link = False
             frontend.turn()
             assert frontend.ask(F.GET_FEATURES) is not None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "terminal"])  # the kernel knows no RWF_NOWAIT of the last
+def test_device_23_a_front_end_makes_state_that_never_ends_blocking(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with Backend(path, Two()) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(FEATURES, PROTOCOL | {ProtocolFeature.DEVICE_STATE})
+        near, far = os.pipe() if kind == "pipe" else os.openpty() if kind == "terminal" else map(socket.socket.detach, socket.socketpair())
+        assert frontend.ask(F.SET_DEVICE_STATE_FD, wire.DeviceStateTransfer(1, 0), [near])
+        os.set_blocking(near, True)
+        checked = frontend.ask(F.CHECK_DEVICE_STATE)
+        assert checked is not None and checked.payload.value == 1
+        for end in (near, far):
+            os.close(end)
 
 
 def test_a_back_end_makes_what_it_was_passed_blocking() -> None:
