@@ -217,6 +217,37 @@ def test_a_hostile_driver_breaks_the_queue_once_and_the_interface_waits_for_a_re
     assert not errors
 
 
+def test_a_mistake_is_told_though_its_queue_is_taken_off_while_another_is_told(
+    path: str, namespace: Namespace, ring_features: Features
+) -> None:
+    device, told, go_on = NetDevice(), list[Exception](), threading.Event()
+
+    def report(error: Exception) -> None:
+        told.append(error)
+        assert go_on.wait(60)
+
+    with Netdev(device, "tap0", namespace=namespace) as tap, Backend(path, device) as backend, Frontend.at(path, backend) as frontend:
+        tap.follow(report)
+        for again in (False, True):
+            if again:
+                frontend.ask(F.RESET_DEVICE)
+            guest = Guest(frontend, ring_features)
+            guest.start()
+            guest.break_a_rule()
+            transmitq = device.queue(1)
+            assert transmitq is not None
+            eventually(lambda queue=transmitq: queue.broken is not None)  # type: ignore[misc]
+            eventually(lambda: len(told) == 1)
+        frontend.stop(0)  # and the pumps are gone, before anybody has seen why one of them ended
+        assert not tap.running
+        go_on.set()
+        assert frontend.errors[1].wait(60)
+        status = frontend.ask(F.GET_STATUS)
+        assert status is not None and status.payload.value & NEEDS_RESET
+        eventually(lambda: len(told) == 2)
+        assert all(isinstance(error, SpecViolation) for error in told) and told[0] is not told[1]
+
+
 @pytest.mark.parametrize("kind", ["stream", "datagrams", "the read end of a pipe"])
 def test_device_23_a_descriptor_that_takes_no_signal_tells_nobody_and_frames_go_on(
     frontend: Frontend, tap: Netdev, wire: Wire, ring_features: Features, errors: list[Exception], kind: str

@@ -7,7 +7,6 @@ import os
 import select
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from threading import Lock
 from typing import Any, Final, Protocol, runtime_checkable
 
 from virtio._core import EventFd
@@ -43,8 +42,9 @@ class Follower:
         self._interface = interface
         self._report = report
         self._look = EventFd()
-        self._hooking = Lock()
         self._over = False
+        self._met: list[BaseException] = []
+        """What ended pumps, and is to be told. It changes with the interface locked."""
 
     def hook(self) -> None:
         """Hears of the port from now on."""
@@ -81,6 +81,7 @@ class Follower:
         if os.getpid() != interface._process:  # a forked child: pumps are its parent's
             return
         with interface._lock:
+            life = interface._life
             if self._over or not pairs:
                 interface._halt()
             else:
@@ -88,7 +89,15 @@ class Follower:
                     interface._begin(pairs)
                 except BaseException as error:
                     self._give_up(error)
+            self._gather(life)
             self._look.signal()
+
+    def _gather(self, life: Life | None) -> None:
+        """With the interface locked: keeps the errors of what was ended in this life, or with it."""
+        if life is not None:
+            self._met += life.take_late()
+            if self._interface._life is not life:
+                self._met += life.errors
 
     def watch(self, stop: EventFd) -> None:
         """Until `stop` is signalled: tells of errors, pulls the cable after a while without a port, and notices that the TAP is gone."""
@@ -110,8 +119,8 @@ class Follower:
                 self._look.drain()
                 if tap in ready:
                     self._give_up(TransportError("the TAP is gone"))
-                elif life is not None:
-                    self._settle(life)
+                elif life is not None or self._met:
+                    self._settle()
                 elif not ready:
                     with interface._lock:
                         if interface._life is None:
@@ -121,20 +130,21 @@ class Follower:
         finally:
             self._look.close()
 
-    def _settle(self, life: Life) -> None:
-        """Looks at what has become of one."""
+    def _settle(self) -> None:
+        """Halts what has ended in part, and tells why. Whoever changes the device meanwhile, or while that is told, leaves it here too."""
         interface = self._interface
-        errors, late = life.errors, life.take_late()
-        if errors:
-            with interface._lock:
-                if interface._life is life:
-                    interface._halt()
-        for error in (*errors, *late):
+        with interface._lock:
+            life = interface._life
+            if life is not None and life.errors:
+                interface._halt()
+            self._gather(life)
+            errors, self._met = self._met, []
+        for error in errors:
             if not isinstance(error, SpecViolation | StatusError | OSError):  # OSError: of a notification
                 self._give_up(error)
                 return
             self._tell(error)
-        if errors or late:
+        if errors:
             with suppress(VirtioError):
                 interface._end.failed()
 

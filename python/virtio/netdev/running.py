@@ -63,6 +63,21 @@ class Run:
         self.pumps = pumps
         self.runner = PumpRunner(pumps)
         self.thread: Thread | None = None
+        self._raised: BaseException | None = None
+
+    @property
+    def errors(self) -> list[BaseException]:
+        """What ended pumps, or the whole thread."""
+        found = [pump.error for pump in self.pumps if pump.error is not None]
+        return found or ([] if self._raised is None else [self._raised])
+
+    def run(self) -> None:
+        """In its thread. `runner.failed` tells of an error."""
+        try:
+            self.runner.run()
+        except BaseException as error:
+            self._raised = error.with_traceback(None)  # which leads to this, and stays with a queue
+            self.runner.failed.signal()
 
 
 class Life:
@@ -70,8 +85,6 @@ class Life:
 
     def __init__(self) -> None:
         self.runs: dict[Key, Run] = {}
-        self._failed = EventFd()
-        self._raised: list[BaseException] = []
         self._late: list[BaseException] = []
 
     @property
@@ -82,7 +95,7 @@ class Life:
     def begin(self, key: Key, run: Run) -> None:
         """Starts one more thread. RuntimeError: no more of them are to be had; call `end`."""
         self.runs[key] = run
-        thread = Thread(target=self._run, args=(run.runner,), name="virtio-pump", daemon=True)
+        thread = Thread(target=run.run, name="virtio-pump", daemon=True)
         thread.start()
         run.thread = thread
 
@@ -95,32 +108,24 @@ class Life:
             if run.thread is not None:
                 run.thread.join()
         if keys is not None:
-            self._late += [pump.error for run in ended for pump in run.pumps if pump.error is not None]
+            self._late += [error for run in ended for error in run.errors]
             self.runs = {key: run for key, run in self.runs.items() if run not in ended}
         return [each for run in ended for each in run.lanes]
 
     @property
     def failures(self) -> list[EventFd]:
         """Readable once there are `errors`."""
-        return [self._failed, *(run.runner.failed for run in list(self.runs.values()))]
+        return [run.runner.failed for run in list(self.runs.values())]
 
     @property
     def errors(self) -> list[BaseException]:
         """What ended pumps, or whole threads."""
-        found = [pump.error for run in list(self.runs.values()) for pump in run.pumps if pump.error is not None]
-        return found or self._raised
+        return [error for run in list(self.runs.values()) for error in run.errors]
 
     def take_late(self) -> list[BaseException]:
-        """What ended pumps that are not here any more, once."""
+        """What ended pumps that are not here any more, once. Not while another thread ends some."""
         late, self._late = self._late, []
         return late
-
-    def _run(self, runner: PumpRunner) -> None:
-        try:
-            runner.run()
-        except BaseException as error:
-            self._raised.append(error.with_traceback(None))  # which leads to this, and stays with a queue
-            self._failed.signal()
 
 
 class Running:
