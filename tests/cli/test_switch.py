@@ -1,6 +1,5 @@
 """Two machines on one cable: what the one does wrong is nothing to the other."""
 
-import socket
 import tempfile
 from contextlib import ExitStack
 
@@ -9,9 +8,7 @@ from tests.without_proc import without_proc
 from virtio import Feature
 from virtio.cli.switch import Patch
 from virtio.features import Features
-from virtio.vhost_user import message as wire
 from virtio.vhost_user.backend import Backend
-from virtio.vhost_user.message import FrontendRequest as F
 
 PACKET = bytes(12) + b"\xff" * 6 + b"\x02" + bytes(53)
 
@@ -42,11 +39,7 @@ class Cable:
         for queue in machine.queues:
             machine.start(queue)
         if deaf is not None:
-            base = machine.stop(deaf)
-            with socket.socket(socket.AF_UNIX) as nobody:
-                assert not machine.refused(F.SET_VRING_CALL, wire.U64(deaf), [nobody.fileno()])
-            machine.ask(F.SET_VRING_BASE, wire.VringState(deaf, base))
-            machine.ask(F.SET_VRING_KICK, wire.U64(deaf), [machine.kicks[deaf].fileno()])
+            machine.deafen(deaf)
 
     def add(self, number: int) -> None:
         """A machine's buffer to receive into."""

@@ -131,6 +131,14 @@ class Frontend:
         assert reply is not None
         return int(reply.payload.num)
 
+    def deafen(self, index: int) -> None:
+        """Starts a ring again whose call descriptor is a socket that takes nothing: where there is no /proc, only a signal can tell."""
+        base = self.stop(index)
+        with socket.socket(socket.AF_UNIX) as nobody:
+            assert not self.refused(F.SET_VRING_CALL, wire.U64(index), [nobody.fileno()])
+        self.ask(F.SET_VRING_BASE, wire.VringState(index, base))
+        self.ask(F.SET_VRING_KICK, wire.U64(index), [self.kicks[index].fileno()])
+
     def track(self, queues: int, size: int = 16) -> tuple[wire.Inflight, int]:
         """A new in-flight area of the back-end, and its descriptor."""
         reply = self.ask(F.GET_INFLIGHT_FD, wire.Inflight(0, 0, queues, size))

@@ -156,3 +156,22 @@ def keeps_its_call() -> None:
 
 def test_a_call_descriptor_that_is_refused_changes_nothing() -> None:
     without_proc(keeps_its_call)
+
+
+def ring_is_emptied_for_a_deaf_one() -> None:
+    told: list[Exception] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Backend(f"{folder}/s", NetDevice(), report=told.append) as backend,
+        Frontend.at(f"{folder}/s", backend) as frontend,
+    ):
+        frontend.negotiate(FEATURES)
+        queue = frontend.queue(1)
+        frontend.start(queue, enabled=False)
+        frontend.deafen(1)
+        assert give(frontend, queue, writable=False) == [("buffer", 0)]
+        assert [type(error) for error in told] == [OSError] and frontend.errors[1].drain() and backend.connections == 1
+
+
+def test_a_ring_whose_front_end_cannot_be_told_that_it_was_emptied_breaks() -> None:
+    without_proc(ring_is_emptied_for_a_deaf_one)

@@ -258,7 +258,7 @@ class Rings:
                     continue
                 queue.complete_batch(batch)
             ring.kick.signal()
-        except VirtioError as error:
+        except (VirtioError, OSError) as error:  # OSError: the front-end cannot be told
             ring.started = False
             self._break(ring, error)
             self.take_off(self.each.index(ring))
