@@ -230,9 +230,12 @@ def test_arguments_of_no_region_change_nothing() -> None:
 def test_a_frame_that_is_none_is_named() -> None:
     with LoopbackTransport(device := NetDevice()) as transport, NetDriver(transport) as net:
         for port in (net, device):
-            for frames, number in (([bytes(60), None], 1), ((bytes(60), bytes(60), "x"), 2), (b"abc", 0)):
+            for frames, number in (([bytes(60), None], 1), ((bytes(60), bytes(60), "x"), 2), ("abc", 0)):
                 with pytest.raises(TypeError, match=f"^frame {number}: "):
                     port.send_frames(frames)  # type: ignore[arg-type]
+            for other in (b"abc", bytearray(60), None, 5):
+                with pytest.raises(TypeError, match=r"^frames is a \w+: it has to be a list of frames"):
+                    port.send_frames(other)  # type: ignore[arg-type]
 
 
 def test_what_the_system_refuses_is_said_once_with_the_size() -> None:

@@ -148,7 +148,7 @@ def test_a_count_out_of_range_is_refused(transport_to: TransportTo) -> None:
 def test_a_count_that_is_no_integer_is_refused(transport_to: TransportTo) -> None:
     with RngDriver(transport_to(RngDevice())) as driver:
         for count in (1.5, float("inf"), None, "4"):
-            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            with pytest.raises(TypeError, match=r"count is .*: it has to be an integer"):
                 driver.read(count)  # type: ignore[arg-type]
         assert driver.requestq.outstanding == 0
 

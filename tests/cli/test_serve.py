@@ -408,10 +408,12 @@ def test_a_class_of_ones_own(path: Path, dice: str) -> None:
         ("{folder}/wrong.py:Dice", "{folder}/wrong.py does not import: SyntaxError: "),
         ("{folder}/raises.py:Dice", "{folder}/raises.py does not import: ZeroDivisionError: "),
         ("{folder}/exits.py:Dice", "{folder}/exits.py does not import: it ends the program (3)"),
+        ("{folder}/interrupts.py:Dice", "{folder}/interrupts.py does not import: it ends the program (KeyboardInterrupt)"),
     ],
 )
 def test_a_class_that_cannot_be_served_is_one_line(target: str, said: str, dice: str, tmp_path: Path, path: Path) -> None:
-    for name, text in (("plain.txt", ""), ("wrong.py", "def"), ("raises.py", "1 / 0"), ("exits.py", "raise SystemExit(3)")):
+    ends = {"exits.py": "raise SystemExit(3)", "interrupts.py": "raise KeyboardInterrupt"}
+    for name, text in {"plain.txt": "", "wrong.py": "def", "raises.py": "1 / 0", **ends}.items():
         (tmp_path / name).write_text(text)
     places = {"dice": dice, "folder": str(tmp_path)}
     assert said.format(**places) in failed(run("serve", target.format(**places), "--socket-path", str(path)), 1)

@@ -81,6 +81,8 @@ def test_a_port_has_one_started_interface_at_a_time() -> None:
         Netdev(cable.device, "peer1", namespace=cable.far) as far,
     ):
         pair = cable.pair()
+        with pytest.raises(ValueError, match="vn1 is both ends of the pair"):
+            Netdev.pair(second, second)
         other = Netdev.pair(far, second)
         for _ in range(2):
             with pytest.raises(StatusError, match=r"peer1: peer0 is started on the same port"):

@@ -239,8 +239,8 @@ def own_class(file: str, name: str) -> "type[Device]":
         spec.loader.exec_module(module)
     except Exception as error:
         raise CommandError(f"{file} does not import: {type(error).__name__}: {error}") from error
-    except SystemExit as error:
-        raise CommandError(f"{file} does not import: it ends the program ({error})") from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise CommandError(f"{file} does not import: it ends the program ({str(error) or type(error).__name__})") from error
     found = getattr(module, name, None)
     if found is None:
         raise CommandError(f"{file} has no {name}")

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from operator import index
 from typing import Final
 
+from virtio import arguments
 from virtio._core import DeviceQueue, Memory
 from virtio.device import Device
 from virtio.driver import RING_FEATURES, Driver
@@ -49,8 +49,7 @@ class RngDriver(Driver):
         TimeoutError: no answer within `timeout` seconds; the request stays with the device, and the next read takes its bytes.
         SpecViolation: the device used a buffer and wrote nothing into it, or broke the queue.
         """
-        if not 0 <= (count := index(count)) <= READ_LIMIT:
-            raise ValueError(f"count {count} is outside 0..{READ_LIMIT}")
+        count = arguments.integer("count", count, 0, READ_LIMIT)
         found = bytearray()
         while len(found) < count:
             if not self.requestq.outstanding:

@@ -324,11 +324,13 @@ class NetdevPair(Running):
     """Two interfaces that are started, stopped and closed together: what the one sends the other receives, in one thread a direction."""
 
     def __init__(self, one: Netdev, other: Netdev) -> None:
-        """StatusError: one of them runs, is closed, or belongs to a pair. TypeError: no interface."""
+        """StatusError: one of them runs, is closed, or belongs to a pair. TypeError: no interface. ValueError: one interface twice."""
         for place, member in enumerate((one, other)):
             arguments.instance(("one", "other")[place], member, Netdev, "a Netdev")
             if member._closed or member.running or member._owner is not None:
                 raise StatusError(f"{member.name} is closed, runs, or belongs to a pair already")
+        if one is other:
+            raise ValueError(f"{one.name} is both ends of the pair")
         super().__init__(one, other)
         self._both = one, other
         one._owner = other._owner = self

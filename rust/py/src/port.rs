@@ -5,8 +5,9 @@ use crate::buffer::Bytes;
 use crate::burst::Burst;
 use crate::errors::{Error, named};
 use crate::lock::lock;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 use std::sync::Mutex;
 use virtio_net_path::header::{Reason, header_size};
 use virtio_net_path::{Frames, Traffic};
@@ -60,6 +61,11 @@ pub fn outgoing<'py>(frames: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyBy
             found.push(bytes(item).map_err(|error| nth(number, error))?);
         }
         return Ok(found);
+    }
+    // A frame's bytes are no frames, though they can be gone through.
+    if frames.is_instance_of::<PyBytes>() || frames.is_instance_of::<PyByteArray>() || !frames.hasattr("__iter__")? {
+        let found = frames.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("frames is a {found}: it has to be a list of frames, each bytes-like")));
     }
     frames.try_iter()?.enumerate().map(|(number, item)| bytes(item?).map_err(|error| nth(number, error))).collect()
 }
