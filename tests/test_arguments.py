@@ -16,6 +16,7 @@ from virtio.pci.qtest import QemuMachine
 from virtio.testing import RawSplitDriver
 from virtio.transport.loopback import LoopbackTransport
 from virtio.transport.pci import PciTransport
+from virtio.transport.vhost_user import VhostUserTransport
 from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.socket import listen
 
@@ -112,6 +113,13 @@ TYPES: list[tuple[str, Call]] = [
     ("device is 'net': it has to be something to call", lambda _: Backend("a.sock", "net")),  # type: ignore[arg-type]
     ("report is 5: it has to be something to call", lambda _: Backend("a.sock", NetDevice(), report=5)),  # type: ignore[arg-type]
     ("protocol_features is 5: it has to be Features", lambda _: Backend("a.sock", NetDevice(), protocol_features=5)),  # type: ignore[arg-type]
+    ("device_id is 'net': it has to be an integer", lambda _: VhostUserTransport("a.sock", "net")),  # type: ignore[arg-type]
+    ("queue_size is 2.5: it has to be an integer", lambda _: VhostUserTransport("a.sock", 4, queue_size=2.5)),  # type: ignore[arg-type]
+    ("queues is True: it has to be an integer", lambda _: VhostUserTransport("a.sock", 4, queues=True)),
+    ("masked: features is 7: it has to be bits", lambda _: VhostUserTransport("a.sock", 4, masked=7)),  # type: ignore[arg-type]
+    ("timeout is 'x': it has to be seconds", lambda _: VhostUserTransport("a.sock", 4, timeout="x")),  # type: ignore[arg-type]
+    ("connect_timeout is 'x': it has to be seconds", lambda _: VhostUserTransport("a", 4, connect_timeout="x")),  # type: ignore[arg-type]
+    ("protocol_features is 5: it", lambda _: VhostUserTransport("a.sock", 4, protocol_features=5)),  # type: ignore[arg-type]
     ("devices is 'virtio-rng-pci': it has to be strings", lambda _: QemuMachine("virtio-rng-pci")),
     ("memory_size is '256M': it has to be an integer", lambda _: QemuMachine([], memory_size="256M")),  # type: ignore[arg-type]
     ("memory is None: it has to be a Memory or a GuestMemory", lambda x: RawSplitDriver(x, 8)),
@@ -135,6 +143,10 @@ VALUES: list[tuple[str, Call]] = [
     ("namespace -1 is outside", lambda _: Netdev(NetDevice(), namespace=-1)),
     (r"Twice.queues \('q', 'q'\) has a name twice", lambda _: Twice()),
     ("path_or_fd -1 is outside 0..", lambda _: Backend(-1, NetDevice())),
+    ("queue_size 0 is outside 1..32768", lambda _: VhostUserTransport("a.sock", 4, queue_size=0)),
+    ("queues 257 is outside 1..256", lambda _: VhostUserTransport("a.sock", 4, queues=257)),
+    ("a time limit of 0 s is not above 0", lambda _: VhostUserTransport("a.sock", 4, timeout=0)),
+    ("connect_timeout nan is no time", lambda _: VhostUserTransport("a.sock", 4, connect_timeout=float("nan"))),
     ("has a NUL in it", lambda _: Backend("a\0b", NetDevice())),
 ]
 

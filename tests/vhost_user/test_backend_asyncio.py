@@ -15,7 +15,7 @@ from virtio.spec import DeviceId
 from virtio.transport.vhost_user import VhostUserTransport
 from virtio.vhost_user.backend import Backend
 
-PATIENCE = 8.0
+PATIENCE = 60.0
 
 
 @asynccontextmanager

@@ -209,10 +209,12 @@ def test_queues_that_there_are(path: str) -> None:
         assert [transport.queue_max(index) for index in (-1, 0, 1, 2)] == [0, 512, 512, 0]
         with pytest.raises(ValueError, match="no queue 2"):
             transport.queue_setup(2, 16, (0, 0, 0))
+        with pytest.raises(StatusError, match=r"^queue 1 is not set up$"):
+            transport.queue_resumes(1, lambda *, tracked: 0)
     for wrong in (0, 257):
-        with pytest.raises(ValueError, match=f"{wrong} queues"):
+        with pytest.raises(ValueError, match=f"queues {wrong} is outside"):
             VhostUserTransport(path, DeviceId.NETWORK, queues=wrong)
-    with pytest.raises(ValueError, match="queue size 0"):
+    with pytest.raises(ValueError, match="queue_size 0"):
         VhostUserTransport(path, DeviceId.NETWORK, queue_size=0)
 
 

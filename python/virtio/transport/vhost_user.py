@@ -14,7 +14,7 @@ from typing import Final
 from virtio import arguments
 from virtio._core import EventFd, Memory
 from virtio.errors import StatusError, TransportError
-from virtio.features import Features
+from virtio.features import Features, features_of
 from virtio.spec import MAX_QUEUE_SIZE, DeviceId, Status
 from virtio.status import locked
 from virtio.transport import CARRIED, Resume
@@ -78,17 +78,18 @@ class VhostUserTransport(Reconnecting):
         ValueError: a path longer than 107 bytes, numbers that cannot be, protocol features outside `PROTOCOL`. TransportError: no back-end
         is there, or none that answers as the protocol has it.
         """
-        if not 1 <= queue_size <= MAX_QUEUE_SIZE:
-            raise ValueError(f"queue size {queue_size} is outside 1..{MAX_QUEUE_SIZE}")
-        if queues is not None and not 1 <= queues <= MOST_RINGS:
-            raise ValueError(f"{queues} queues are outside 1..{MOST_RINGS}")
-        if timeout <= 0:
-            raise ValueError(f"a time limit of {timeout} s is not above 0")
+        queue_size = arguments.integer("queue_size", queue_size, 1, MAX_QUEUE_SIZE)
+        if queues is not None:
+            queues = arguments.integer("queues", queues, 1, MOST_RINGS)
+        if (timeout := arguments.seconds("timeout", timeout)) <= 0:
+            raise ValueError(f"a time limit of {timeout:g} s is not above 0")
+        if connect_timeout is not None:
+            connect_timeout = arguments.seconds("connect_timeout", connect_timeout)
         arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
         if more := [int(bit) for bit in sorted(protocol_features - PROTOCOL)]:
             raise ValueError(f"protocol features {more} are not among those that it knows, {[int(bit) for bit in sorted(PROTOCOL)]}")
-        self._device_id, self._queues, self._queue_size = device_id, queues, queue_size
-        self._carried = (CARRIED & _MESSAGE) - Features(masked)
+        self._device_id, self._queues, self._queue_size = arguments.number("device_id", device_id), queues, queue_size
+        self._carried = (CARRIED & _MESSAGE) - features_of("masked", masked)
         self._refused = False
         super().__init__(path_or_fd, listen=listen, reconnect=reconnect, timeout=timeout, protocol_features=protocol_features)
         self._open(connect_timeout)
@@ -253,7 +254,9 @@ class VhostUserTransport(Reconnecting):
 
     @locked
     def queue_resumes(self, index: int, resume: Resume) -> None:
-        """Where a queue that is set up goes on with another device: see `Resuming`."""
+        """Where a queue that is set up goes on with another device: see `Resuming`. StatusError: it is not set up."""
+        if index not in self._setup.rings:
+            raise StatusError(f"queue {index} is not set up")
         self._setup.rings[index].resume = resume
 
     @locked
