@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.leftovers import all_closed
 from tests.vhost_user.serving import PATIENCE, Serving, until
 from virtio import DeviceId, Driver, Feature, FeatureNegotiationError, Memory, NetDevice, NetDriver, StatusError, TransportError
 from virtio.devices.net import NetFeature
-from virtio.devices.rng import RngDriver
+from virtio.devices.rng import RngDevice, RngDriver
 from virtio.errors import DeviceNeedsReset
 from virtio.features import Features
 from virtio.spec import Status
@@ -21,6 +22,7 @@ from virtio.vhost_user.backend import Backend
 from virtio.vhost_user.frontend import PROTOCOL
 from virtio.vhost_user.message import ProtocolFeature
 from virtio.vhost_user.reconnecting import LONGEST_RETRY
+from virtio.vhost_user.table import MemoryTable
 
 NOTHING = Features()
 WITHOUT = {
@@ -201,6 +203,29 @@ def test_a_queue_that_is_reset_alone_grows_no_further_than_is_tracked(path: str,
         assert not transport.status & Status.NEEDS_RESET
         transport.reset()
         assert transport.queue_max(1) == QUEUE_SIZE
+
+
+def test_a_memory_is_attached_though_the_back_end_ends_over_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = MemoryTable.change
+
+    def end(*_: object) -> None:
+        monkeypatch.setattr(MemoryTable, "change", change)
+        raise LookupError("this connection ends")
+
+    with Backend(path, lambda: RngDevice(bytes), report=lambda _: None) as backend, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(backend.serve)
+        try:
+            with VhostUserTransport(path, DeviceId.ENTROPY, timeout=PATIENCE) as transport, RngDriver(transport) as driver:
+                assert driver.read(16, timeout=PATIENCE) == bytes(16)
+                monkeypatch.setattr(MemoryTable, "change", end)
+                with Memory(1 << 16) as memory:
+                    transport.attach(memory)
+                    assert driver.read(16, timeout=PATIENCE) == bytes(16)
+                    assert transport.reconnections == 1
+                    transport.detach(memory)
+        finally:
+            backend.stop()
+        served.result(PATIENCE)
 
 
 def test_queues_that_there_are(path: str) -> None:

@@ -276,12 +276,17 @@ class VhostUserTransport(Reconnecting):
 
     @locked
     def attach(self, memory: Memory) -> int:
-        """Lets the back-end map `memory`; returns the address at which the device sees it.
+        """Lets the back-end map `memory`; returns the address at which the device sees it. One that ends meanwhile leaves it to the next.
 
-        ValueError: it is attached already. TransportError: the back-end takes no more.
+        ValueError: it is attached already. TransportError: the back-end takes no more, or has ended for good.
         """
         self._check_open()
-        return self._setup.attach(memory, self._frontend)
+        try:
+            return self._setup.attach(memory, self._frontend)
+        except ConnectionLost as error:
+            self._lose(error)
+        self._check_open()
+        return self._setup.attach(memory, None)
 
     @locked
     def detach(self, memory: Memory) -> None:
