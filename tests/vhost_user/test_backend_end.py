@@ -1,5 +1,6 @@
 """No ring is served for a front-end that has gone or has stopped it: the memory may be a file that somebody else has by now."""
 
+import errno
 import gc
 import os
 import socket
@@ -153,6 +154,33 @@ def test_whatever_devices_raise_when_they_are_reset_all_connections_are_closed(r
         assert each.frontend.socket.recv(1) == b"" and each.served() == 0
         each.close()
     gc.collect()
+    assert descriptors() <= before
+
+
+@pytest.mark.parametrize("watched", range(3))
+def test_a_device_is_free_again_though_its_connection_could_not_be_watched(
+    watched: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device, errors, before = str(tmp_path / "s"), RngDevice(bytes), list[Exception](), descriptors()
+    with Backend(path, device, report=errors.append) as backend:
+        watch, left = backend.watch, list(range(watched))
+
+        def refuse(descriptor: int, call: Callable[[], object]) -> None:
+            if not left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left.pop()
+            watch(descriptor, call)
+
+        monkeypatch.setattr(backend, "watch", refuse)
+        with Frontend.at(path, backend) as frontend:
+            assert frontend.gone
+        assert [type(error) for error in errors] == [OSError] and not device.connected
+        monkeypatch.undo()
+        waiting = Waiting(path, backend)
+        waiting.ask()
+        waiting.frontend.turn()
+        assert waiting.served() == 1
+        waiting.close()
     assert descriptors() <= before
 
 

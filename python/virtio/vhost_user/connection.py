@@ -58,7 +58,7 @@ class Connection:
         poll: bool = False,
         withheld: Iterable[int] = (),
     ) -> None:
-        """StatusError: the device is on a transport already; the link is closed."""
+        """StatusError: the device is on a transport already. OSError: `loop` cannot watch. The link is closed."""
         self.device: Final = device
         self.session: Final = BackendSession(
             device.offered - withheld,
@@ -87,9 +87,13 @@ class Connection:
         self._channel = Channel(loop)
         self._log = DirtyLog(device.memory)
         self._state = StateTransfer()
-        loop.watch(link.fileno(), self.receive)
-        loop.watch(self._config_changed.fileno(), self._tell_config)
-        loop.watch(self._serving_changed.fileno(), self._look_again)
+        try:
+            loop.watch(link.fileno(), self.receive)
+            loop.watch(self._config_changed.fileno(), self._tell_config)
+            loop.watch(self._serving_changed.fileno(), self._look_again)
+        except BaseException:  # the kernel watches no more for this user
+            self.close()
+            raise
 
     @property
     def busy(self) -> bool:
