@@ -1,6 +1,7 @@
 """QEMU as a vhost-user front-end of our network device, with our driver in the place of a guest: frames go through both."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from virtio.vhost_user.backend import Backend
 
 pytestmark = pytest.mark.qemu
 SPLIT = Features({Feature.VERSION_1})
+SHORT = 0.0001
+"""Seconds after which a thread that waits for the interpreter gets it."""
 
 
 class Echo(NetDevice):
@@ -35,14 +38,18 @@ class Echo(NetDevice):
 def serving(path: str, device: NetDevice, **options: Any) -> Iterator[Backend]:
     """A back-end in a thread; no thread and no descriptor is left."""
     errors: list[Exception] = []
+    interval = sys.getswitchinterval()
     with Backend(path, device, report=errors.append, **options) as backend:
         thread = threading.Thread(target=backend.serve)
+        # One that polls never gives the interpreter away by itself, and here the driver waits for it at each access of a register.
+        sys.setswitchinterval(SHORT)
         thread.start()
         try:
             yield backend
         finally:
             backend.stop()
             thread.join()
+            sys.setswitchinterval(interval)
     assert not errors
 
 
