@@ -151,6 +151,13 @@ def features_of(what: str, bits: Iterable[int], *, names: Iterable[type[IntEnum]
         raise type(error)(f"{what}: {error}") from None
 
 
+def check_choice(what: str, value: object, known: Features) -> None:
+    """TypeError: `value` is no `Features`. ValueError: some of it are not among those that are known."""
+    found = arguments.instance(what.replace(" ", "_"), value, Features, "Features, a choice from PROTOCOL")
+    if more := [int(bit) for bit in sorted(found - known)]:
+        raise ValueError(f"{what} {more} are not among those that it knows, {[int(bit) for bit in sorted(known)]}")
+
+
 def describe(bit: int) -> str:
     """`GUEST_TSO4 (bit 7)` for a member of an enumeration, `bit 7` for a plain number."""
     return f"{bit.name} (bit {bit.value})" if isinstance(bit, IntEnum) else f"bit {bit}"

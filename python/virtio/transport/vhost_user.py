@@ -14,7 +14,7 @@ from typing import Final
 from virtio import arguments
 from virtio._core import EventFd, Memory
 from virtio.errors import StatusError, TransportError
-from virtio.features import Features, features_of
+from virtio.features import Features, check_choice, features_of
 from virtio.spec import MAX_QUEUE_SIZE, DeviceId, Status
 from virtio.status import locked
 from virtio.transport import CARRIED, Resume
@@ -85,9 +85,7 @@ class VhostUserTransport(Reconnecting):
             raise ValueError(f"a time limit of {timeout:g} s is not above 0")
         if connect_timeout is not None:
             connect_timeout = arguments.seconds("connect_timeout", connect_timeout)
-        arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
-        if more := [int(bit) for bit in sorted(protocol_features - PROTOCOL)]:
-            raise ValueError(f"protocol features {more} are not among those that it knows, {[int(bit) for bit in sorted(PROTOCOL)]}")
+        check_choice("protocol features", protocol_features, PROTOCOL)
         self._device_id, self._queues, self._queue_size = arguments.number("device_id", device_id), queues, queue_size
         self._carried = (CARRIED & _MESSAGE) - features_of("masked", masked)
         self._refused = False

@@ -23,7 +23,7 @@ from virtio import arguments
 from virtio._core import EventFd
 from virtio.device import Device, check_device
 from virtio.errors import StatusError, TransportError
-from virtio.features import Features, features_of
+from virtio.features import Features, check_choice, features_of
 from virtio.port import readable
 from virtio.vhost_user.connection import PROTOCOL, Connection
 from virtio.vhost_user.socket import Link, Place, adopt, check_path, connect, listen, listening
@@ -74,9 +74,7 @@ class Backend:
             arguments.call("report", report)
         if not isinstance(path_or_fd, int | str | os.PathLike):
             raise arguments.wrong_type("path_or_fd", path_or_fd, "a path, or a socket's descriptor")
-        arguments.instance("protocol_features", protocol_features, Features, "Features, a choice from PROTOCOL")
-        if more := [int(bit) for bit in sorted(protocol_features - PROTOCOL)]:
-            raise ValueError(f"protocol features {more} are not among those that it has, {[int(bit) for bit in sorted(PROTOCOL)]}")
+        check_choice("protocol features", protocol_features, PROTOCOL)
         self._withheld = features_of("withheld", withheld)
         self.accepted = 0
         """How many front-ends have connected, and were given a device, since it was made."""
