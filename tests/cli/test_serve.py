@@ -67,11 +67,6 @@ something = 4
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
-
-
-@pytest.fixture
 def dice(tmp_path: Path) -> str:
     (tmp_path / "dice.py").write_text(DICE)
     (tmp_path / "beside.py").write_text("")

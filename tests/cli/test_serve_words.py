@@ -42,11 +42,6 @@ NET = ("received_frames", "received_bytes", "sent_frames", "sent_bytes", "droppe
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "s"
-
-
-@pytest.fixture
 def talks(tmp_path: Path) -> str:
     (tmp_path / "talks.py").write_text(TALKS)
     return f"{tmp_path / 'talks.py'}:Talks"
