@@ -16,8 +16,10 @@ settings.register_profile("explore", deadline=None, max_examples=2000, suppress_
 settings.load_profile("repeatable")
 
 
-def pytest_collection_finish() -> None:
-    """All that is there before the first test stays: who looks for garbage after a test need not look at it."""
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """Who looks for garbage in a test looks at what this file's tests made, and not at what was collected and kept before: in a whole run
+    that is ever more, of pytest and hypothesis."""
     gc.collect()
     gc.freeze()
 

@@ -68,7 +68,7 @@ class Serving:
         while events[-1]["event"] != "end":
             events.append(self.event())
         out, said = self.process.communicate(timeout=LIMIT)
-        assert (self.process.returncode, out, said) == (0, "", "")
+        assert (self.process.returncode, out, said) == (0, "", ""), (self.process.returncode, out, said)
         return events
 
 

@@ -58,7 +58,7 @@ def test_what_a_class_prints_goes_to_standard_error(path: Path, talks: str) -> N
         process.terminate()
         served.until("end")
         out, said = process.communicate(timeout=LIMIT)
-    assert (out, process.returncode) == ("", 0)
+    assert (out, process.returncode) == ("", 0), said
     assert said.splitlines() == ["imported", "made", "made", "asked", "of a program"]
     done = run("serve", talks, "--print-capabilities")
     assert (json.loads(done.stdout), done.stderr) == ({"type": "rng"}, "imported\n")
