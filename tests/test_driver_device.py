@@ -351,9 +351,11 @@ def test_a_selector_sees_notifications(pair: Pair) -> None:
 
 def test_a_queue_is_lowered_to_what_the_device_allows_and_never_raised(ring_features: Features, ring_format: str) -> None:
     class Odd(Echo):
-        queue_size = 12
+        pass
 
-    driver = Driver(LoopbackTransport(Odd()))
+    device = Odd()
+    Odd.queue_size = 12  # as others' devices with packed rings may have it; ours would be refused
+    driver = Driver(LoopbackTransport(device))
     driver.negotiate(wanted=ring_features)
     assert driver.setup_queue(0, size=256).size == (12 if ring_format == "packed" else 8)
     assert driver.setup_queue(1, size=4).size == 4

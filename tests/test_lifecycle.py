@@ -324,6 +324,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("queues", (0,), TypeError, r"\(0,\): it has to be a tuple of names"),
     ("queue_size", 0, ValueError, "0 is outside 1..32768"),
     ("queue_size", 32769, ValueError, "32769 is outside 1..32768"),
+    ("queue_size", 12, ValueError, r"12 is no power of two, as a split queue's is \(2\.7\)"),
     ("queue_size", 256.0, TypeError, "256.0: it has to be an integer"),
     ("queue_size", True, TypeError, "True: it has to be an integer"),
     ("chain_limit", 0, ValueError, "0 is outside 1..1024"),

@@ -17,16 +17,19 @@ transport made of registers ignores such a write. A broken rule in a queue makes
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from enum import Enum
 from threading import RLock
 from typing import Any, ClassVar, Final, NamedTuple
 
 from virtio import arguments
 from virtio._core import DeviceQueue, EventFd, GuestMemory, Memory
+from virtio.device_status import DEVICE_TABLE as DEVICE_TABLE
+from virtio.device_status import STATES, STATUS_STEPS
+from virtio.device_status import DeviceState as DeviceState
+from virtio.device_status import DeviceStep as DeviceStep
 from virtio.errors import FeatureNegotiationError, SpecViolation, StatusError, VirtioError
 from virtio.features import Features, Requires, broken_rules, check_accepted, features_of
 from virtio.spec import MAX_QUEUE_SIZE, Feature, Status
-from virtio.status import StatusTable, locked
+from virtio.status import locked
 from virtio.transport import check_negotiable
 
 RING_FEATURES: Final = Features({Feature.VERSION_1, Feature.RING_PACKED, Feature.EVENT_IDX, Feature.INDIRECT_DESC, Feature.RING_RESET})
@@ -39,68 +42,6 @@ POLL_ROUNDS: Final = 64
 _LAZY: Final = 0x2A0  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 LONGEST_CHAIN: Final = 1024
 """The highest `chain_limit`, unless the queue has more entries."""
-
-
-class DeviceState(Enum):
-    """How far the driver has come (3.1.1), as the status bits tell."""
-
-    RESET = "reset"
-    ACKNOWLEDGE = "acknowledge"
-    DRIVER = "driver"
-    FEATURES_OK = "features ok"
-    DRIVER_OK = "driver ok"
-    NEEDS_RESET = "needs reset"
-    FAILED = "failed"
-
-
-class DeviceStep(Enum):
-    """What a driver may ask of a device, in any state; and NEED_RESET, which is the device's own."""
-
-    RESET = "reset"
-    ACKNOWLEDGE = "setting ACKNOWLEDGE"
-    DRIVER = "setting DRIVER"
-    ACCEPT = "accepting features"
-    FEATURES_OK = "setting FEATURES_OK"
-    SETUP_QUEUE = "setting up a queue"
-    RESET_QUEUE = "resetting a queue"
-    REENABLE_QUEUE = "setting up a queue that was reset"
-    WRITE_CONFIG = "writing the configuration"
-    DRIVER_OK = "setting DRIVER_OK"
-    FAIL = "setting FAILED"
-    NEED_RESET = "setting NEEDS_RESET"
-
-
-_R, _A, _D, _F, _L, _N, _X = DeviceState
-# fmt: off
-DEVICE_TABLE: Final = StatusTable("device", DeviceState, DeviceStep, {
-    #    RESET ACKN. DRIVER ACCEPT F_OK  SETUP RST_Q REENA CONFIG D_OK  FAIL  NEED
-    _R: (_R,   _A,   None,  None,  None, None, None, None, None,  None, _X,   _N),
-    _A: (_R,   None, _D,    None,  None, None, None, None, None,  None, _X,   _N),
-    _D: (_R,   None, None,  _D,    _F,   None, None, None, None,  None, _X,   _N),
-    _F: (_R,   None, None,  None,  None, _F,   _F,   _F,   _F,    _L,   _X,   _N),
-    _L: (_R,   None, None,  None,  None, None, _L,   _L,   _L,    None, _X,   _N),
-    _N: (_R,   None, None,  None,  None, None, None, None, None,  None, _X,   _N),
-    _X: (_R,   None, None,  None,  None, None, None, None, None,  None, None, _X),
-})
-# fmt: on
-"""Writing a bit that is set already is no step. Serving queues needs DRIVER_OK (2.1.2)."""
-
-# In the order of the initialization sequence: one write may set several.
-_STATUS_STEPS: Final = (
-    (Status.ACKNOWLEDGE, DeviceStep.ACKNOWLEDGE),
-    (Status.DRIVER, DeviceStep.DRIVER),
-    (Status.FEATURES_OK, DeviceStep.FEATURES_OK),
-    (Status.DRIVER_OK, DeviceStep.DRIVER_OK),
-    (Status.FAILED, DeviceStep.FAIL),
-)
-_STATES: Final = (
-    (Status.FAILED, DeviceState.FAILED),
-    (Status.NEEDS_RESET, DeviceState.NEEDS_RESET),
-    (Status.DRIVER_OK, DeviceState.DRIVER_OK),
-    (Status.FEATURES_OK, DeviceState.FEATURES_OK),
-    (Status.DRIVER, DeviceState.DRIVER),
-    (Status.ACKNOWLEDGE, DeviceState.ACKNOWLEDGE),
-)
 
 
 class _Served(NamedTuple):
@@ -129,7 +70,7 @@ class Device:
     queues: tuple[str, ...] = ()
     """The queues' names by index. An instance may have its own, set before the constructor is called."""
     queue_size: ClassVar[int] = 256
-    """Most entries of a queue: a power of two, at most 32768."""
+    """Most entries of a queue: a power of two, at most 32768. Which format it has, the driver chooses."""
     chain_limit: ClassVar[int | None] = None
     """Most descriptors of a chain, those of its table included; None: as many as the queue has entries. At most 1024, or that."""
     features: ClassVar[Iterable[int]] = ()
@@ -239,7 +180,7 @@ class Device:
     @property
     def state(self) -> DeviceState:
         """How far the driver has come."""
-        return next((state for bit, state in _STATES if bit in self._status), DeviceState.RESET)
+        return next((state for bit, state in STATES if bit in self._status), DeviceState.RESET)
 
     @property
     def status(self) -> Status:
@@ -294,9 +235,9 @@ class Device:
         if value == 0:
             self.reset()
             return
-        if cleared := [bit.name for bit, _ in _STATUS_STEPS if bit in self._status and not bit & value]:
+        if cleared := [bit.name for bit, _ in STATUS_STEPS if bit in self._status and not bit & value]:
             raise StatusError(f"device: status bits {', '.join(map(str, cleared))} are cleared only by a reset (2.1.1)")
-        new = [(bit, step) for bit, step in _STATUS_STEPS if bit & value and bit not in self._status]
+        new = [(bit, step) for bit, step in STATUS_STEPS if bit & value and bit not in self._status]
         state = self.state
         for _, step in new:  # all or nothing
             state = DEVICE_TABLE.target(state, step)
@@ -581,6 +522,8 @@ def _check_constants(device: Device) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{kind}.queues {names} has a name twice")
     check_number("queue_size", MAX_QUEUE_SIZE)
+    if device.queue_size & device.queue_size - 1:
+        raise ValueError(f"{kind}.queue_size {device.queue_size:d} is no power of two, as a split queue's is (2.7)")
     if device.chain_limit is not None:
         check_number("chain_limit", max(LONGEST_CHAIN, device.queue_size))
     check("rules", isinstance(rules, tuple | list) and all(isinstance(rule, Requires) for rule in rules), "a tuple of Requires")
