@@ -4,11 +4,14 @@ A read never takes more bytes than the message needs, so that descriptors stay w
 """
 
 import array
+import fcntl
 import os
 import socket
 import stat
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 from typing import Final, NamedTuple, Self
 
 from virtio import arguments
@@ -20,6 +23,8 @@ LONGEST_PATH: Final = 107
 """Bytes of a socket's path that the kernel takes."""
 MOST_WAITING: Final = 1 << 20
 """Bytes of replies that a peer may leave unread."""
+LOCKED: Final = 5.0
+"""Seconds for which a folder is waited for in which somebody else begins to listen."""
 _ROOM: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 
@@ -33,27 +38,60 @@ def check_path(path: str) -> str:
 
 
 def listen(path: str) -> socket.socket:
-    """A listening socket at `path`; one that nobody listens on any more is replaced.
+    """A listening socket at `path`; one that nobody listens on any more is replaced. Of several processes that ask at once, one gets it.
 
     ValueError: as `check_path`. TransportError: the path is in use, is no socket, or cannot be made.
     """
     check_path(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        try:
-            made.bind(path)
-        except OSError:
-            if not os.path.lexists(path):
-                raise
-            _remove_stale(path)
-            made.bind(path)
-        made.listen()
+        with _alone(path):  # one that is bound and does not listen yet looks as dead as a stale one
+            try:
+                made.bind(path)
+            except OSError:
+                if not os.path.lexists(path):
+                    raise
+                _remove_stale(path)
+                made.bind(path)
+            made.listen()
     except (OSError, TransportError) as error:
         made.close()
         if isinstance(error, TransportError):
             raise
         raise TransportError(f"cannot listen on {path}: {error.strerror}") from None
     return made
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Nobody else is here meanwhile for a path in the same folder: a lock on that, which leaves no file. TransportError: it cannot be had.
+
+    A folder that this user may not read, or whose file system has no locks, is as it would be without.
+    """
+    try:
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # if there is none, `bind` says so
+        yield
+        return
+    try:
+        end = monotonic() + LOCKED
+        while not _locked(folder):
+            if monotonic() > end:
+                raise TransportError(f"cannot listen on {path}: its folder has been locked by somebody else for {LOCKED:g} s")
+            sleep(0.005)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _locked(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _remove_stale(path: str) -> None:
