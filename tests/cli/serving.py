@@ -11,9 +11,13 @@ from typing import Any
 
 from tests.cli.run import LIMIT, command, environment, started
 from tests.vhost_user.frontend import Frontend
+from tests.vhost_user.guest import eventually
+from virtio import Feature
+from virtio.features import Features
 from virtio.netdev import Namespace
 
 WAIT = 60.0
+SPLIT = Features({Feature.VERSION_1})
 
 
 class Remote(Frontend):
@@ -83,3 +87,27 @@ def serving(*words: str, sockets: int = 1, namespace: Namespace | None = None, *
         for _ in range(sockets):
             assert made.event()["event"] == ("connecting" if "--client" in words else "serving")
         yield made
+
+
+def read(frontend: Remote, count: int) -> bytes:
+    """From an entropy device whose ring is there."""
+    queue, place = frontend.queues[0], frontend.room(count)
+    queue.add(None, writable=[place])
+    queue.publish()
+    queue.arm()
+    found: list[tuple[object, int]] = []
+
+    def used() -> bool:
+        found.extend(queue.pop_used())
+        return bool(found)
+
+    eventually(used)
+    return frontend.look(place, found[0][1])
+
+
+def with_ring(path: Path) -> Remote:
+    """A front-end of who listens at `path`, with one split ring that is in use."""
+    frontend = Remote.to(path)
+    frontend.negotiate(SPLIT)
+    frontend.start(frontend.queue(0))
+    return frontend

@@ -136,13 +136,22 @@ def test_qemus_other_devices(device: str, name: str, tmp_path: Path) -> None:
         ("isa-debug-exit", "no function of isa-debug-exit is found on QEMU's PCI bus"),
         ("pcie-root-port", "no function of pcie-root-port is found on QEMU's PCI bus"),
         ("virtio-net-pci,addr=5.3", "no function of virtio-net-pci is found on QEMU's PCI bus"),  # there is no function 0
-        ("help", "help is no device, but asks QEMU for help"),
-        ("virtio-net-pci,help", "qemu-system-x86_64 -device virtio-net-pci,help shows it"),
     ],
 )
 def test_what_qemu_refuses_is_one_line_with_its_own_message(device: str, said: str, tmp_path: Path) -> None:
     with nothing_left(tmp_path) as more:
         assert said in failed(run("probe", f"qemu:{device}", **more), 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("help", "help is no device, but asks QEMU for help"),
+        ("virtio-net-pci,help", "qemu-system-x86_64 -device virtio-net-pci,help shows it"),
+    ],
+)
+def test_qemus_help_is_no_device(device: str, said: str) -> None:
+    assert said in failed(run("probe", f"qemu:{device}"), 2)
 
 
 @pytest.mark.qemu

@@ -1,4 +1,4 @@
-"""`virtio serve`: every far end, its events, its end, and what it refuses."""
+"""`virtio serve`: every far end, its events, its end, and the command lines that it refuses."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import LIMIT, command, environment, failed, nothing_left, run, started
-from tests.cli.serving import Remote, serving
+from tests.cli.serving import SPLIT, Remote, read, serving, with_ring
 from tests.netdev.wires import Wire, carrier, frame
 from tests.readable import readable
 from tests.vhost_user.guest import Guest, eventually
@@ -28,49 +28,7 @@ from virtio.vhost_user.message import FrontendRequest as F
 from virtio.vhost_user.message import ProtocolFeature
 
 GONE = ("the TAP is gone", "interface tap7 is gone")
-SPLIT = Features({Feature.VERSION_1})
 OFFLOADS = CHECKSUMS | GUEST_OFFLOADS | HOST_OFFLOADS
-DICE = """
-import os
-import virtio
-import beside
-
-class Dice(virtio.Device):
-    device_id = virtio.DeviceId.ENTROPY
-    queues = ("requestq",)
-
-    def on_requestq(self, queue):
-        for chain in queue.pop(limit=64):
-            if chain.writable == 13:
-                raise RuntimeError("thirteen")
-            queue.complete(chain, chain.write(bytes([4] * min(chain.writable, 4096))))
-        queue.publish()
-
-class Needs(Dice):
-    def __init__(self, number):
-        super().__init__()
-
-class Breaks(Dice):
-    def __init__(self):
-        raise ValueError("no such dice")
-
-class Forgets(Dice):
-    def __init__(self):
-        self.sides = 6
-
-class Quits(Dice):
-    def __init__(self):
-        raise SystemExit(0)
-
-something = 4
-"""
-
-
-@pytest.fixture
-def dice(tmp_path: Path) -> str:
-    (tmp_path / "dice.py").write_text(DICE)
-    (tmp_path / "beside.py").write_text("")
-    return str(tmp_path / "dice.py")
 
 
 def offered(path: Path) -> Features:
@@ -79,29 +37,6 @@ def offered(path: Path) -> Features:
         reply = frontend.ask(F.GET_FEATURES)
         assert reply is not None
         return Features(bit for bit in range(64) if reply.payload.value >> bit & 1)
-
-
-def read(frontend: Remote, count: int) -> bytes:
-    """From an entropy device whose ring is there."""
-    queue, place = frontend.queues[0], frontend.room(count)
-    queue.add(None, writable=[place])
-    queue.publish()
-    queue.arm()
-    found: list[tuple[object, int]] = []
-
-    def used() -> bool:
-        found.extend(queue.pop_used())
-        return bool(found)
-
-    eventually(used)
-    return frontend.look(place, found[0][1])
-
-
-def with_ring(path: Path) -> Remote:
-    frontend = Remote.to(path)
-    frontend.negotiate(SPLIT)
-    frontend.start(frontend.queue(0))
-    return frontend
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -374,126 +309,6 @@ def test_an_entropy_device_for_each(path: Path) -> None:
         assert served.end()[-1]["devices"][0]["requestq"] == 2
 
 
-def test_a_class_of_ones_own(path: Path, dice: str) -> None:
-    with serving(f"{dice}:Dice", "--socket-path", str(path)) as served:
-        with with_ring(path) as frontend:
-            assert read(frontend, 16) == bytes([4] * 16)
-        with with_ring(path) as frontend, with_ring(path) as innocent:
-            frontend.queues[0].add(None, writable=[frontend.room(13)])
-            frontend.queues[0].publish()
-            assert served.until("error")["text"] == "RuntimeError: thirteen (dice.py:13, on_requestq)"
-            assert read(innocent, 16) == bytes([4] * 16)
-        served.end()
-    done = run("serve", f"{dice}:Dice", "--print-capabilities", "--nonsense")
-    assert json.loads(done.stdout) == {"type": "rng"} and done.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [
-        ("{dice}:Nobody", "{dice} has no Nobody"),
-        ("{dice}:something", "something in {dice} is no subclass of virtio.Device"),
-        ("{dice}:Needs", "{dice}:Needs: TypeError: "),
-        ("{dice}:Breaks", "{dice}:Breaks: ValueError: no such dice"),
-        ("{dice}:Forgets", "{dice}:Forgets: TypeError: Forgets.__init__ does not call super().__init__()"),
-        ("{dice}:Quits", "{dice}:Quits: SystemExit (0): a device does not end the program"),
-        ("{folder}/missing.py:Dice", "{folder}/missing.py: no such file"),
-        ("{folder}:Dice", "{folder}: a folder"),
-        ("{folder}/plain.txt:Dice", "{folder}/plain.txt is no Python file"),
-        ("{folder}/wrong.py:Dice", "{folder}/wrong.py does not import: SyntaxError: "),
-        ("{folder}/raises.py:Dice", "{folder}/raises.py does not import: ZeroDivisionError: "),
-        ("{folder}/exits.py:Dice", "{folder}/exits.py does not import: it ends the program (3)"),
-        ("{folder}/interrupts.py:Dice", "{folder}/interrupts.py does not import: it ends the program (KeyboardInterrupt)"),
-    ],
-)
-def test_a_class_that_cannot_be_served_is_one_line(target: str, said: str, dice: str, tmp_path: Path, path: Path) -> None:
-    ends = {"exits.py": "raise SystemExit(3)", "interrupts.py": "raise KeyboardInterrupt"}
-    for name, text in {"plain.txt": "", "wrong.py": "def", "raises.py": "1 / 0", **ends}.items():
-        (tmp_path / name).write_text(text)
-    places = {"dice": dice, "folder": str(tmp_path)}
-    assert said.format(**places) in failed(run("serve", target.format(**places), "--socket-path", str(path)), 1)
-    assert not path.exists()
-
-
-def test_sockets_that_cannot_be_had(path: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.write_text("")
-
-    def line(*words: str, code: int = 1) -> str:
-        return failed(run("serve", "rng", *words), code)
-
-    assert "No such file" in line("--socket-path", str(tmp_path / "missing" / "s"))
-    assert "it exists and is not a socket" in line("--socket-path", str(plain))
-    assert "it is not a socket" in line("--socket-path", str(plain), "--client")
-    assert "has 108 bytes: the path of a socket has 1 to 107" in line("--socket-path", "x" * 108, code=2)
-    assert "has 0 bytes" in line("--socket-path", "", code=2)
-    assert "either --socket-path or --fd is needed" in line(code=2)
-    assert "not both" in line("--socket-path", str(path), "--fd", "3", code=2)
-    assert "--client is for --socket-path" in line("--fd", "3", "--client", code=2)
-    assert "descriptor 99 is not a socket" in line("--fd", "99")
-    assert "descriptor 0 is not a socket" in line("--fd", "0")
-    assert "'-1'" in line("--fd", "-1", code=2) or "-1 is not in the range" in line("--fd", "-1", code=2)
-    with serving("rng", "--socket-path", str(path)) as served:
-        assert f"cannot listen on {path}: it is in use" in line("--socket-path", str(path))
-        served.end()
-    with serving("rng", "--socket-path", str(path)) as served:  # its socket stays behind
-        served.process.kill()
-        served.process.wait(LIMIT)
-    assert path.is_socket()
-    with serving("rng", "--socket-path", str(path)) as served, with_ring(path) as frontend:
-        assert len(read(frontend, 8)) == 8
-        served.end()
-    tcp = socket.socket()
-    with tcp:
-        done = subprocess.run(
-            command("serve", "rng", "--fd", str(tcp.fileno())), pass_fds=[tcp.fileno()], capture_output=True, text=True, env=environment()
-        )
-    assert "is not a Unix stream socket, but AF_INET" in failed(done, 1)
-
-
-@pytest.mark.parametrize("listening", [True, False], ids=["listening", "connected"])
-def test_a_descriptor_is_the_socket(path: Path, listening: bool) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        ours = theirs = None
-        if not listening:
-            ours = socket.socket(socket.AF_UNIX)
-            ours.connect(str(path))
-            theirs, _ = listener.accept()
-        passed = (listener if theirs is None else theirs).fileno()
-        with serving("rng", "--fd", str(passed), pass_fds=[passed]) as served:
-            assert served.seen[0]["socket"] == f"descriptor {passed}"
-            if theirs is not None:
-                theirs.close()
-            with Remote.to(path) if ours is None else Remote(ours) as frontend:
-                frontend.negotiate(SPLIT)
-                frontend.start(frontend.queue(0))
-                assert len(read(frontend, 8)) == 8
-            if listening:
-                served.until("disconnected")
-                served.end()
-            else:
-                assert [event["event"] for event in served.ended()][-2:] == ["disconnected", "end"]
-
-
-def test_as_a_client_it_connects_again_and_again(path: Path) -> None:
-    with serving("rng", "--socket-path", str(path), "--client") as served:
-        for _ in range(2):
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(path))
-                listener.listen()
-                listener.settimeout(60)
-                connected, _ = listener.accept()
-                with Remote(connected) as frontend:
-                    frontend.negotiate(SPLIT)
-                    frontend.start(frontend.queue(0))
-                    assert len(read(frontend, 8)) == 8
-            path.unlink()
-            served.until("disconnected")
-        served.end()
-
-
 def test_qemus_conventions_for_back_end_programs() -> None:
     for kind in ("net", "rng"):
         done = run("serve", kind, "--print-capabilities", "--fd", "3", "--socket-path", "x", "--evdev-path=/dev/null")
@@ -545,8 +360,8 @@ def test_counters_move_on_a_terminal(path: Path) -> None:
         (("net", "--mac", "52:54:00:12:34"), "is not six numbers"),
         (("net", "--mac", "52:54:00:12:34:zz"), "is not six numbers"),
         (("net", "--mac", "52:54:00:12:34:567"), "is not six numbers"),
-        (("net", "--mac", "01:00:5e:00:00:01"), "is not the address of one device"),
-        (("net", "--mac", "00:00:00:00:00:00"), "is not the address of one device"),
+        (("net", "--mac", "01:00:5e:00:00:01"), "01:00:5e:00:00:01 is not the address of one station: it is a group's"),
+        (("net", "--mac", "00:00:00:00:00:00"), "is not the address of one station: it is nobody's"),
         (("net", "--mtu", "67"), "67 is not in the range 68<=x<=65535"),
         (("net", "--mtu", "65536"), "65536 is not in the range"),
         (("net", "--mtu", "x"), "'x'"),
@@ -558,6 +373,7 @@ def test_counters_move_on_a_terminal(path: Path) -> None:
         (("net", "--socket-path", "s", "--pcap", "./s"), "--socket-path and --pcap are the same file, ./s"),
         (("net", "--socket-path", "s", "--pcap", "-"), "standard output is for events: name a file"),
         (("dice.py:", "--socket-path", "s"), "dice.py: is not a file and a class"),
+        (("/etc/passwd:Dice", "--socket-path", "s"), "/etc/passwd is no Python file: its name has to end in .py"),
         ((":Dice", "--socket-path", "s"), ":Dice is not a file and a class"),
         ((), "a device type is needed: net, rng, or FILE.py:CLASS"),
         (("rng", "--tap", "x"), "--tap"),

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import LIMIT, command, environment, started
-from tests.cli.serving import Remote, Serving, serving
-from tests.cli.test_serve import read, with_ring
+from tests.cli.serving import Remote, Serving, read, serving, with_ring
 from virtio import Feature
 from virtio.features import Features
 from virtio.vhost_user import message as wire

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import LIMIT, command, environment, failed, run, started
-from tests.cli.serving import Serving, serving
-from tests.cli.test_serve import read, with_ring
+from tests.cli.serving import Serving, read, serving, with_ring
 from virtio.vhost_user.message import U64, FrontendRequest, encode
 
 TALKS = """

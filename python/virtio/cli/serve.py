@@ -215,7 +215,7 @@ def _own(target: str) -> click.Command:
 
 
 def own_class(file: str, name: str) -> "type[Device]":
-    """UsageError: no file or no class is named. CommandError: the file does not import, has no such class, or the class is no Device."""
+    """UsageError: no file of Python or no class is named. CommandError: it does not import, has no such class, or that is no Device."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     from virtio import Device
@@ -231,7 +231,7 @@ def own_class(file: str, name: str) -> "type[Device]":
         raise CommandError(f"{file}: {'a folder' if stat.S_ISDIR(mode) else 'no file of text'}")
     spec = spec_from_file_location(f"_served_{Path(file).stem}", file)
     if spec is None or spec.loader is None:
-        raise CommandError(f"{file} is no Python file: its name has to end in .py")
+        raise click.UsageError(f"{file} is no Python file: its name has to end in .py")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(Path(file).resolve().parent))  # as for a program: it finds what lies beside it

@@ -71,15 +71,18 @@ def _open_emulated(name: str) -> "Iterator[Transport]":
         yield transport
 
 
+def _check_qemu(device: str) -> None:
+    if {"help", "?"}.intersection(device.split(",")):
+        raise CommandError(f"{device} is no device, but asks QEMU for help: qemu-system-x86_64 -device {device} shows it")
+
+
 @contextmanager
 def _open_qemu(device: str) -> "Iterator[Transport]":
     from virtio.pci import config
     from virtio.pci.qtest import QemuMachine
     from virtio.transport.pci import PciTransport
 
-    name, *options = device.split(",")
-    if {"help", "?"}.intersection((name, *options)):
-        raise CommandError(f"{device} is no device, but asks QEMU for help: qemu-system-x86_64 -device {device} shows it")
+    name = device.split(",")[0]
     with QemuMachine([device]) as machine:
         functions = machine.functions()
         if not functions:
@@ -133,7 +136,11 @@ OPENERS: Final[dict[str, Opener]] = {
         "emulated:net, emulated:rng", "a device of this package on its own PCI function, in this process", EMULATED, _open_emulated
     ),
     "qemu": Opener(
-        "qemu:DEVICE[,OPTION=VALUE...]", "a device of QEMU's, written as behind its -device: qemu:virtio-net-pci,mac=...", (), _open_qemu
+        "qemu:DEVICE[,OPTION=VALUE...]",
+        "a device of QEMU's, written as behind its -device: qemu:virtio-net-pci,mac=...",
+        (),
+        _open_qemu,
+        _check_qemu,
     ),
     "vhost-user": Opener(
         "vhost-user:SOCKET[,type=TYPE]",
