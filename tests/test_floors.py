@@ -33,6 +33,7 @@ PLACES: dict[str, tuple[int, str]] = {
     "virtio.port": (3, ""),
     "virtio.driver": (3, ""),
     "virtio.device": (3, ""),
+    "virtio.device_status": (3, ""),
     "virtio.status": (3, ""),
     "virtio.pci": (3, ""),
     "virtio.vhost_user": (3, ""),
