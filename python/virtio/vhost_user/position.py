@@ -1,33 +1,79 @@
-"""Where a packed ring goes on whose front-end has forgotten it: QEMU, when its back-end vanished without telling (2.8.1)."""
+"""Where a packed ring goes on whose front-end has forgotten it: QEMU, when its back-end vanished without telling (2.8.1).
+
+QEMU tells then where its own device of the card stood, and that one may have dropped what was transmitted meanwhile: it has written used
+descriptors where it believed to be, in the midst of what the back-end still owes.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
-AVAIL: Final = 1 << 7
-USED: Final = 1 << 15
+from virtio._core import GuestMemory
+from virtio.spec import DescriptorFlag
+
+AVAIL: Final = int(DescriptorFlag.AVAIL)
+USED: Final = int(DescriptorFlag.USED)
 START: Final = 1 << 31 | 1 << 15
 """The base of a ring that nobody has used: position 0 and wrap counter 1, for available and for used descriptors."""
+DESCRIPTOR: Final = 16
+FLAGS_AT: Final = 14
 
 
-def packed_base(flags: Sequence[int]) -> int:
-    """The base that the descriptors' flags tell: that of the first one which is available; `START` if they tell nothing, or not clearly.
+@dataclass(frozen=True)
+class Position:
+    """What the flags tell. `owed`: places of available descriptors, oldest first, up to `taken`, used ones that stand behind them."""
 
-    They do, if each chain takes one descriptor of the ring (an indirect one, or a single segment) and was used in order: then available
-    ones stand in one run, used ones of this round before it, and behind it those of the round before. What has been taken and not used
-    yet is available still.
+    base: int
+    owed: tuple[int, ...] = ()
+    taken: tuple[int, ...] = ()
+
+
+def find_position(flags: Sequence[int]) -> Position | None:
+    """Where the ring goes on that has these descriptors' flags: at the first one which is available. None: they do not tell it clearly.
+
+    They do, if each chain takes one descriptor of the ring (an indirect one, or a single segment) and was used in order but for those of
+    `Position.taken`. What has been taken and not used yet is available still. A ring whose driver did not clear it tells what it was.
     """
+    size = len(flags)
     rounds = [bool(each & AVAIL) for each in flags]
     available = [bool(each & AVAIL) != bool(each & USED) for each in flags]
-    begins = [index for index in range(len(flags)) if available[index] and not available[index - 1]]
-    if len(begins) > 1:
-        return START
-    position = begins[0] if begins else next((index for index in range(1, len(flags)) if rounds[index] != rounds[index - 1]), 0)
-    if not any(available) and not position:  # all of one round: new, or used to the end, or never cleared
-        return START
-    wrap = rounds[position] == available[position]
-    for index in range(len(flags)):
-        # Behind the position, what is available is of this round, and what is used of the one before; before it, of the next and of this.
-        if rounds[index] != (wrap if (index >= position) == available[index] else not wrap):
-            return START
+    turns = [index for index in range(1, size) if rounds[index] != rounds[index - 1]]
+    if len(turns) > 1 or any(here and each & DescriptorFlag.NEXT for here, each in zip(available, flags, strict=True)):
+        return None
+    oldest = turns[0] if turns else 0  # where the driver writes next
+    order = [*range(oldest, size), *range(oldest)]
+    runs = [(key, tuple(indices)) for key, indices in groupby(order, available.__getitem__)]
+    if runs[0][0]:
+        runs.insert(0, (False, ()))
+    if len(runs) == 1:
+        return Position(_base(oldest, not rounds[oldest]))
+    if len(runs) > 4:
+        return None
+    owed = runs[1][1]
+    return Position(_base(owed[0], rounds[owed[0]]), owed, runs[2][1] if len(runs) > 2 else ())
+
+
+def put_in_order(memory: GuestMemory, table: int, position: Position) -> int:
+    """Makes the ring, whose descriptors lie at `table`, as if what is `taken` had been used first; the base of what is owed then.
+
+    The driver looks at the first of these places alone, which is written last.
+    """
+    if not position.taken:
+        return position.base
+    places = position.owed + position.taken
+    held = [memory.read(table + DESCRIPTOR * index, DESCRIPTOR) for index in position.taken + position.owed]
+    for number in reversed(range(len(places))):
+        place, descriptor = table + DESCRIPTOR * places[number], held[number]
+        wrap = bool(memory.load(place + FLAGS_AT, 2) & AVAIL)
+        flags = int.from_bytes(descriptor[FLAGS_AT:], "little") & ~(AVAIL | USED)
+        used = number < len(position.taken)
+        memory.write(place, descriptor[:FLAGS_AT])
+        memory.store(place + FLAGS_AT, 2, flags | AVAIL * wrap | USED * (wrap == used))
+    first = places[len(position.taken)]
+    return _base(first, bool(memory.load(table + DESCRIPTOR * first + FLAGS_AT, 2) & AVAIL))
+
+
+def _base(position: int, wrap: bool) -> int:
     half = position | wrap << 15
     return half << 16 | half

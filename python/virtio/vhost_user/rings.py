@@ -17,7 +17,7 @@ from virtio.features import Features
 from virtio.spec import DeviceId, Feature
 from virtio.vhost_user import effects as fx
 from virtio.vhost_user.backend_session import Answer
-from virtio.vhost_user.position import START, packed_base
+from virtio.vhost_user.position import DESCRIPTOR, FLAGS_AT, START, USED, find_position, put_in_order
 from virtio.vhost_user.regions import area_lengths
 from virtio.vhost_user.serving import Loop, Ring
 from virtio.vhost_user.tracking import InflightArea
@@ -82,7 +82,7 @@ class Rings:
                 self.each[index].enabled = enabled
             case fx.StopVring(index):
                 ring = self._stopped(index)
-                ring.kick = _replaced(ring.kick, None)
+                ring.kick, ring.left_at = _replaced(ring.kick, None), ring.base
                 return ring.base
             case fx.BreakVring(index, error):
                 self.take_off(index)
@@ -176,6 +176,9 @@ class Rings:
             if self._poll and (queue := device.queue(index)) is not None:
                 queue.disarm()
             ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
+            if call is not None:
+                with suppress(OSError):  # whoever is told next reports it
+                    call.signal()  # whoever served it before may have been killed before it told
         else:
             limit, features = device.queue_max(index), device.accepted
             queue = DeviceQueue(
@@ -215,14 +218,29 @@ class Rings:
         """Where the ring resumes. Some front-ends give packed rings no base at all, and a ring that no device wrote tells; some give only
         the available position, as if there were 16 bits, and nothing is then in flight."""
         assert ring.areas is not None and self.features is not None
-        packed = Feature.RING_PACKED in self.features
-        if packed and ring.base == START and self._inflight is None:  # QEMU says that of one, too, whose back-end vanished
-            return packed_base([self._device.memory.load(ring.areas[0] + 16 * index + 14, 2) for index in range(ring.size)])
-        if not packed or ring.base >> 16:
+        if not self.packed or ring.base == ring.left_at:
             return ring.base
-        if ring.base == 0 and not self._device.memory.load(ring.areas[0] + 14, 2) >> 15:
+        if (found := self._found(ring, ring.areas[0])) is not None:
+            return found
+        if ring.base >> 16:
+            return ring.base
+        if ring.base == 0 and not self._device.memory.load(ring.areas[0] + FLAGS_AT, 2) & USED:
             return START
         return ring.base << 16 | ring.base
+
+    def _found(self, ring: Ring, table: int) -> int | None:
+        """Where a packed ring tells itself that it resumes, if that is asked. QEMU, whose back-end vanished, says that it is at the start,
+        or where its own network device stopped, which has transmitted for a moment."""
+        assert self.features is not None
+        indirect = Feature.INDIRECT_DESC in self.features  # without it drivers have chains of many descriptors, which look like others
+        doubtful = ring.base == START or (indirect and self._device.device_id == DeviceId.NETWORK)
+        if self._inflight is not None or not doubtful:
+            return None
+        memory = self._device.memory
+        found = find_position([memory.load(table + DESCRIPTOR * index + FLAGS_AT, 2) for index in range(ring.size)])
+        if found is None or (found.taken and (not indirect or Feature.IN_ORDER in self.features)):
+            return None
+        return put_in_order(memory, table, found)
 
     def take_off(self, index: int) -> None:
         """Nobody serves it any more; its base tells where it goes on."""
