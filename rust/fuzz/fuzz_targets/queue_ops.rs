@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use virtio_fuzz::common::raw::{RawPacked, RawSplit};
 use virtio_fuzz::common::{Device, Driver, Rig, done};
 use virtio_fuzz::{Bytes, PLANTED, check_chain, rig};
-use virtqueue::{Buffer, Chain, Completion, Direction, Fault, Form, Format, RingError, Segment, Used};
+use virtio_memory::RegionTable;
+use virtqueue::{Buffer, Chain, Completion, Direction, Fault, Fill, Filled, Form, Format, RingError, Segment, Used};
 
 /// The ring's words, at their own widths.
 enum Raw {
@@ -28,6 +29,21 @@ struct Run<'a> {
     limit: u16,
     /// Whether somebody's hand wrote something.
     lies: bool,
+}
+
+/// Fills as many buffers as it is told to, each with one byte less than it holds.
+struct Filler<'a>(&'a mut Option<usize>);
+
+impl Fill for Filler<'_> {
+    fn soon(&mut self, _: &RegionTable, _: u64, len: u32) {
+        assert!(len > 0);
+    }
+
+    fn fill(&mut self, _: &RegionTable, _: u64, len: u32) -> Option<u32> {
+        assert!(len > 0);
+        *self.0 = self.0.and_then(|left| left.checked_sub(1));
+        self.0.map(|_| len - 1)
+    }
 }
 
 impl Run<'_> {
@@ -93,6 +109,14 @@ impl Run<'_> {
         assert!(!was_broken, "told twice: {error}");
         assert_eq!((error.fault(), self.device.broken()), (Fault::Driver, Some(error)));
         assert!(self.lies, "nobody lied: {error}");
+    }
+
+    fn fill(&mut self, bytes: &mut Bytes) {
+        let (most, mut filler) = (bytes.below(20), Some(bytes.below(20)));
+        let (before, was_broken) = (self.device.outstanding(), self.device.broken().is_some());
+        let (filled, why) = self.device.fill_batch(most, &mut Filler(&mut filler));
+        assert!(filled <= most && (filled == 0 || !was_broken) && (why != Filled::All || filled == most));
+        assert_eq!(self.device.outstanding(), before);
     }
 
     fn complete(&mut self, bytes: &mut Bytes) {
@@ -203,7 +227,7 @@ impl Run<'_> {
     }
 
     fn step(&mut self, bytes: &mut Bytes) {
-        match bytes.u8() % 20 {
+        match bytes.u8() % 21 {
             0 => self.add(bytes, Form::Direct),
             1 => self.add(bytes, Form::Indirect),
             2 | 3 => self.add_batch(bytes),
@@ -225,6 +249,7 @@ impl Run<'_> {
                 let value = [bytes.u8()];
                 let _ = if at < self.rig.tables { Ok(()) } else { self.rig.memory.table().write(at, &value) };
             }
+            19 => self.fill(bytes),
             18 => match bytes.u8() % 4 {
                 0 => drop(self.driver.arm()),
                 1 => self.driver.disarm(),

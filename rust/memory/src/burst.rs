@@ -235,6 +235,31 @@ impl Burst {
         true
     }
 
+    /// As [`Burst::validate`], where every row is a packet of its own that begins `headroom` bytes behind its slot's start or later: true if
+    /// they all are, and legal. Otherwise nothing is known of them.
+    #[inline]
+    pub fn read_short(&self, state: &mut PoolState, rows: &mut Vec<Row>, headroom: usize) -> bool {
+        let (count, slot_size, least, owner) = (self.count(), self.pool.slot_size() as u64, headroom as u64, self.owner);
+        rows.resize(count, Row::default());
+        let (stamp, span) = (state.begin(), slot_size.saturating_sub(least));
+        let (_, entries) = state.parts();
+        // Slices first: a relaxed load makes the compiler forget what it read through `self`.
+        let (slots, offsets, lengths, more) = (&self.slots[..count], &self.offsets[..count], &self.lengths[..count], &self.more[..count]);
+        for (index, row) in rows.iter_mut().enumerate() {
+            let (slot, offset) = (slots[index].load(Relaxed) as u64, offsets[index].load(Relaxed) as u64);
+            let (length, more) = (lengths[index].load(Relaxed) as u64, more[index].load(Relaxed));
+            // Negative numbers are large ones.
+            let Some(entry) = entries.get_mut(slot as usize) else { return false };
+            let (before, room) = (offset.wrapping_sub(least), slot_size.wrapping_sub(offset));
+            if entry.owner != owner || entry.stamp == stamp || before >= span || length.wrapping_sub(1) >= room || more != 0 {
+                return false;
+            }
+            entry.stamp = stamp;
+            *row = Row { slot: slot as u32, offset: offset as u32, length: length as u32, more: false };
+        }
+        true
+    }
+
     /// Which rule a row breaks that breaks one.
     #[cold]
     fn explain(&self, row: usize, raw: RawRow, met: Option<(Owner, bool)>) -> RowError {

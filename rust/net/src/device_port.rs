@@ -12,7 +12,7 @@ use crate::keep_rest;
 use crate::pieces::{Pieces, copy_frame};
 use crate::port::{Frames, Rules, Traffic, check_headroom, prepare, write_header};
 use virtio_memory::{Burst, HEADROOM, MemoryError, Place, PoolState, RegionTable, Row};
-use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing};
+use virtqueue::{Chain, ChainBatch, Completion, DeviceQueue, DeviceRing, Filled};
 
 /// How many buffers ahead of the one that is written the processor is asked for.
 const AHEAD: usize = 8;
@@ -279,6 +279,11 @@ impl DeviceBursts {
         rules: &Rules,
         traffic: &mut Traffic,
     ) -> Result<usize, BurstError> {
+        let (usual, why) = self.send_usual(queue, state, burst, rules, traffic);
+        queue.check_memory()?;
+        if why != Filled::Other {
+            return Ok(usual);
+        }
         self.make_port_room(queue);
         let mut rows = std::mem::take(&mut self.rows);
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -311,7 +316,7 @@ impl DeviceBursts {
                 state.release(row.slot, burst.owner())?;
             }
             keep_rest(burst, &rows[used..]);
-            fault.map_or(Ok(sent), Err)
+            fault.map_or(Ok(usual + sent), Err)
         });
         (self.rows, self.scratch) = (rows, scratch);
         result

@@ -10,6 +10,7 @@
 
 pub mod checksum;
 mod device;
+mod device_fill;
 mod device_port;
 mod driver;
 mod driver_port;

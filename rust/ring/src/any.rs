@@ -4,7 +4,7 @@ use crate::batch::ChainBatch;
 use crate::chain::Segment;
 use crate::error::RingError;
 use crate::packed::{PackedDevice, PackedDriver};
-use crate::ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Used};
+use crate::ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Fill, Filled, Form, RingState, Snapshot, Takeover, Used};
 use crate::split::{SplitDevice, SplitDriver};
 use crate::tracking::{Footprint, Resubmission};
 use virtio_memory::RegionTable;
@@ -61,6 +61,7 @@ delegate! { AnyDevice: DeviceRing {
     fn outstanding(self: &Self, ()) -> u16;
     fn chain_limit(self: &Self, ()) -> u16;
     fn pop_batch(self: &mut Self, (memory: &RegionTable, out: &mut ChainBatch)) -> Result<usize, RingError>;
+    fn fill_batch<F: Fill>(self: &mut Self, (memory: &RegionTable, most: usize, filler: &mut F)) -> (usize, Filled);
     fn check(self: &Self, (completion: &Completion)) -> Result<(), RingError>;
     fn complete_batch<C: Completions>(self: &mut Self, (completions: C)) -> Result<(), RingError>;
     fn rewind(self: &mut Self, (count: usize)) -> Result<(), RingError>;

@@ -2,7 +2,7 @@
 
 use crate::batch::ChainBatch;
 use crate::error::RingError;
-use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::ring::{Completion, Completions, DeviceRing, Fill, Filled, RingState, Snapshot};
 use crate::tracking::{InFlightObserver, Resubmission, Tracking};
 use std::collections::VecDeque;
 use virtio_memory::{RegionTable, View};
@@ -190,6 +190,20 @@ impl<R: DeviceRing> DeviceQueue<R> {
             tracking.completed(self.ring.told()); // nothing new, if they were refused
         }
         result
+    }
+
+    /// Takes chains of one writable descriptor, at most `most`, and gives each back as soon as `filler` has filled it: what a device does that
+    /// keeps none of them. Tells how many, and why no more; all else is for `pop_batch`: other chains, mistakes, every chain of a queue that
+    /// is observed. Nobody sees it before `publish`.
+    #[inline]
+    pub fn fill_batch<F: Fill>(&mut self, most: usize, filler: &mut F) -> (usize, Filled) {
+        self.view.refresh();
+        if self.broken.is_some() || self.tracking.is_some() || self.view.poisoned().is_some() {
+            return (0, Filled::Other);
+        }
+        let (filled, why) = self.ring.fill_batch(&self.view, most, filler);
+        self.counters.popped += filled as u64;
+        (filled, why)
     }
 
     /// Hands the newest `count` chains back to the ring, as if they had not been popped.

@@ -396,6 +396,22 @@ impl InFlight {
         }
     }
 
+    /// So many chains of one slot were popped and done at once; the next pop goes to `newest`. None of them can be handed back, nor anything
+    /// that was popped before.
+    #[inline(always)]
+    pub(crate) fn passed(&mut self, count: usize, newest: usize) {
+        if count > 0 {
+            self.serial = count_from(self.serial) + count as u32;
+            self.last = self.serial;
+            self.slots += count as u32;
+            self.done_slots += count as u32;
+            if self.chains == 0 {
+                self.oldest = newest;
+            }
+            self.newest = newest;
+        }
+    }
+
     /// What is done was told: the driver may use its slots again.
     #[inline(always)]
     pub(crate) fn published(&mut self) {

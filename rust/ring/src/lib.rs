@@ -12,6 +12,7 @@ mod device;
 mod driver;
 mod error;
 pub mod event;
+mod fill;
 mod indirect;
 mod inflight;
 mod options;
@@ -32,7 +33,9 @@ pub use indirect::IndirectTables;
 #[cfg(not(loom))]
 pub use options::spans;
 pub use options::{Areas, Format, RingFeatures, check_chain_limit, check_size, layout};
-pub use ring::{Buffer, Completion, Completions, DeviceRing, DriverRing, Form, RingState, Snapshot, Takeover, Unwritten, Used};
+pub use ring::{
+    Buffer, Completion, Completions, DeviceRing, DriverRing, Fill, Filled, Form, RingState, Snapshot, Takeover, Unwritten, Used,
+};
 pub use tracking::{Footprint, InFlightObserver, Opened, Resubmission};
 #[cfg(not(loom))]
 pub use tracking::{PackedArea, SplitArea, region_size};

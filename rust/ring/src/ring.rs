@@ -132,6 +132,25 @@ pub trait DriverRing {
     fn snapshot(&self) -> Snapshot;
 }
 
+/// Fills buffers of one writable descriptor, one after the other.
+pub trait Fill {
+    /// This buffer comes soon.
+    fn soon(&mut self, memory: &RegionTable, address: u64, len: u32);
+    /// Fills a buffer: how many bytes, at most `len`. `None` leaves it, and all behind it, as they are.
+    fn fill(&mut self, memory: &RegionTable, address: u64, len: u32) -> Option<u32>;
+}
+
+/// Why filling ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// As many as were wanted.
+    All,
+    /// No more chains are there.
+    Empty,
+    /// The next chain is of another kind, was left alone, or is a mistake: pop it.
+    Other,
+}
+
 /// The device's side of one format.
 pub trait DeviceRing {
     /// How many entries there are.
@@ -142,6 +161,9 @@ pub trait DeviceRing {
     fn chain_limit(&self) -> u16;
     /// Pops chains until `out` is full; tells how many. A mistake of the driver is told once nothing precedes it.
     fn pop_batch(&mut self, memory: &RegionTable, out: &mut ChainBatch) -> Result<usize, RingError>;
+    /// Takes chains of one writable descriptor, at most `most`, and gives each back as soon as `filler` has filled it; nobody sees it before
+    /// `publish`. Tells how many, and why no more. What other chains are in flight stays so.
+    fn fill_batch<F: Fill>(&mut self, memory: &RegionTable, most: usize, filler: &mut F) -> (usize, Filled);
     /// Checks that a chain is in flight and that so many bytes fit.
     fn check(&self, completion: &Completion) -> Result<(), RingError>;
     /// Gives chains back; nobody sees it before `publish`. All of them are legal, or nothing is done.

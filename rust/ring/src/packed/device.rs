@@ -8,7 +8,7 @@ use crate::event::{Cursor, packed_event, packed_word};
 use crate::indirect::{TableCopy, direction};
 use crate::inflight::{InFlight, Names, Run, after, count_from};
 use crate::options::{Areas, RingFeatures};
-use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::ring::{Completion, Completions, DeviceRing, Fill, Filled, RingState, Snapshot};
 use crate::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE};
 use crate::tracking::{Footprint, Resubmission};
 #[cfg(not(loom))]
@@ -20,15 +20,15 @@ type U64Cells<'a> = virtio_memory::U64Array;
 /// Takes available descriptors, writes used ones over them.
 #[derive(Debug)]
 pub struct PackedDevice {
-    ring: PackedRing,
-    features: RingFeatures,
+    pub(super) ring: PackedRing,
+    pub(super) features: RingFeatures,
     /// Where the areas lie: what is written there is marked in the dirty log.
     areas: Areas,
     limit: u16,
     table: TableCopy,
-    flights: InFlight,
+    pub(super) flights: InFlight,
     /// The next descriptor to look at.
-    next: Cursor,
+    pub(super) next: Cursor,
     /// Where the next used descriptor goes; up to `published` the driver has been told.
     used: Cursor,
     published: Cursor,
@@ -40,7 +40,7 @@ pub struct PackedDevice {
     since: u32,
     /// Nothing was decided yet since set-up or restore: the first decision notifies.
     first_decision: bool,
-    run: Option<Run<Cursor>>,
+    pub(super) run: Option<Run<Cursor>>,
     /// What the last chain of an unusual kind began with: the usual ones after it are probably alike.
     direction: Direction,
 }
@@ -174,13 +174,23 @@ impl PackedDevice {
 
     /// What was completed since the last publish, taken apart for a loop that keeps it in locals.
     #[inline(always)]
-    fn tail(&self) -> Tail {
+    pub(super) fn tail(&self) -> Tail {
         Tail { size: self.ring.size, used: self.used, head: self.head, slots: self.unpublished, chains: self.unpublished_chains }
     }
 
     #[inline(always)]
-    fn set_tail(&mut self, tail: Tail) {
+    pub(super) fn set_tail(&mut self, tail: Tail) {
         (self.used, self.head, self.unpublished, self.unpublished_chains) = (tail.used, tail.head, tail.slots, tail.chains);
+    }
+
+    /// In order: writes the element of the run that is open.
+    #[inline(always)]
+    pub(super) fn close_run(&mut self) {
+        if let Some(run) = self.run.take() {
+            let mut tail = self.tail();
+            tail.element(&self.ring.desc.cells(), run.place, run.id, run.len);
+            self.set_tail(tail);
+        }
     }
 
     /// In order: what is done, from the oldest on, goes into runs.
@@ -281,9 +291,9 @@ fn walk_list(
 }
 
 /// Used descriptors since the last publish.
-struct Tail {
+pub(super) struct Tail {
     size: u16,
-    used: Cursor,
+    pub(super) used: Cursor,
     head: Option<(u16, u64)>,
     slots: u32,
     chains: u32,
@@ -292,7 +302,7 @@ struct Tail {
 impl Tail {
     /// One used descriptor. The first since the last publish is kept back.
     #[inline(always)]
-    fn element(&mut self, desc: &U64Cells, at: Cursor, id: u16, len: u32) {
+    pub(super) fn element(&mut self, desc: &U64Cells, at: Cursor, id: u16, len: u32) {
         let write = if len > 0 { DESC_F_WRITE } else { 0 };
         let word = rest(len, id, used_flags(at.wrap) | write);
         if self.head.is_some() {
@@ -303,7 +313,7 @@ impl Tail {
     }
 
     #[inline(always)]
-    fn advance(&mut self, slots: u16) {
+    pub(super) fn advance(&mut self, slots: u16) {
         // The usual step does not wait for the table's answer.
         self.used = if slots == 1 { self.used.step(1, self.size) } else { self.used.step(slots, self.size) };
         self.slots += u32::from(slots);
@@ -345,6 +355,11 @@ impl DeviceRing for PackedDevice {
         }
     }
 
+    #[inline]
+    fn fill_batch<F: Fill>(&mut self, memory: &RegionTable, most: usize, filler: &mut F) -> (usize, Filled) {
+        self.fill(memory, most, filler)
+    }
+
     fn check(&self, completion: &Completion) -> Result<(), RingError> {
         self.flights.check(completion)
     }
@@ -377,11 +392,7 @@ impl DeviceRing for PackedDevice {
 
     #[inline]
     fn publish(&mut self, memory: &RegionTable) -> u32 {
-        if let Some(run) = self.run.take() {
-            let mut tail = self.tail();
-            tail.element(&self.ring.desc.cells(), run.place, run.id, run.len);
-            self.set_tail(tail);
-        }
+        self.close_run();
         let Some((offset, word)) = self.head.take() else { return 0 };
         self.ring.publish_word(offset, word);
         if memory.dirty().is_some() {

@@ -2,6 +2,7 @@
 
 mod device;
 mod driver;
+mod fill;
 mod resume;
 
 pub use device::PackedDevice;

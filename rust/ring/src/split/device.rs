@@ -8,7 +8,7 @@ use crate::event::{self, Cursor};
 use crate::indirect::{TableCopy, direction};
 use crate::inflight::{Flight, InFlight, Names, Run, count_from};
 use crate::options::{Areas, RingFeatures};
-use crate::ring::{Completion, Completions, DeviceRing, RingState, Snapshot};
+use crate::ring::{Completion, Completions, DeviceRing, Fill, Filled, RingState, Snapshot};
 use crate::spec::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY};
 use crate::tracking::{Footprint, Resubmission};
 use virtio_memory::{FencePoint, RegionTable, full_fence};
@@ -24,23 +24,23 @@ type U64RingCells<'a> = &'a virtio_memory::U64Ring;
 /// Takes from the available ring, adds to the used ring.
 #[derive(Debug)]
 pub struct SplitDevice {
-    ring: SplitRing,
-    features: RingFeatures,
+    pub(super) ring: SplitRing,
+    pub(super) features: RingFeatures,
     /// Where the device area lies: what is written there is marked in the dirty log.
     used_address: u64,
     limit: u16,
     table: TableCopy,
-    flights: InFlight,
+    pub(super) flights: InFlight,
     /// The next available position to look at, and the index that was read last.
-    next: u16,
+    pub(super) next: u16,
     seen: u16,
     /// The next used position to write; up to `published` the driver has been told.
-    used: u16,
+    pub(super) used: u16,
     published: u16,
     since: u32,
     /// Nothing was decided yet since set-up or restore: the first decision notifies.
     first_decision: bool,
-    run: Option<Run<u16>>,
+    pub(super) run: Option<Run<u16>>,
     /// What the last chain of an unusual kind began with: the usual ones after it are probably alike.
     direction: Direction,
 }
@@ -79,7 +79,7 @@ impl SplitDevice {
 
     /// The index is at most the ring's size ahead (device-05).
     #[inline(always)]
-    fn ready(&mut self, wanted: usize) -> Result<u16, RingError> {
+    pub(super) fn ready(&mut self, wanted: usize) -> Result<u16, RingError> {
         let ready = self.seen.wrapping_sub(self.next);
         if usize::from(ready) >= wanted {
             return Ok(ready);
@@ -187,6 +187,14 @@ impl SplitDevice {
         })?;
         self.used = used as u16;
         Ok(())
+    }
+
+    /// In order: writes the element of the run that is open.
+    #[inline(always)]
+    pub(super) fn close_run(&mut self) {
+        if let Some(run) = self.run.take() {
+            element(&self.ring.elements.cells(), run.place.into(), run.id, run.len);
+        }
     }
 
     /// In order: what is done, from the oldest on, goes into runs.
@@ -297,7 +305,7 @@ impl Short<'_> {
 }
 
 #[inline(always)]
-fn element(elements: &U32RingCells, position: usize, id: u16, len: u32) {
+pub(super) fn element(elements: &U32RingCells, position: usize, id: u16, len: u32) {
     elements.store_pair(position, [id.into(), len]);
 }
 
@@ -344,6 +352,11 @@ impl DeviceRing for SplitDevice {
         }
     }
 
+    #[inline]
+    fn fill_batch<F: Fill>(&mut self, memory: &RegionTable, most: usize, filler: &mut F) -> (usize, Filled) {
+        self.fill(memory, most, filler)
+    }
+
     fn check(&self, completion: &Completion) -> Result<(), RingError> {
         self.flights.check(completion)
     }
@@ -368,9 +381,7 @@ impl DeviceRing for SplitDevice {
 
     #[inline]
     fn publish(&mut self, memory: &RegionTable) -> u32 {
-        if let Some(run) = self.run.take() {
-            element(&self.ring.elements.cells(), run.place.into(), run.id, run.len);
-        }
+        self.close_run();
         let count = self.used.wrapping_sub(self.published);
         if count != 0 {
             self.ring.used.store_release(IDX, self.used);
