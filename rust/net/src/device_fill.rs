@@ -21,7 +21,9 @@ struct Packets<'a> {
 impl Fill for Packets<'_> {
     #[inline(always)]
     fn soon(&mut self, memory: &RegionTable, address: u64, len: u32) {
-        memory.prefetch_write(address, len as usize);
+        // Packets that follow each other are most often about as long.
+        let bytes = self.rows.as_slice().first().map_or(0, |row| row.length);
+        memory.prefetch_write(address, len.min(bytes + Header::SIZE as u32) as usize);
     }
 
     #[inline(always)]
