@@ -259,6 +259,23 @@ def test_eventfds_count_signals_for_whoever_shares_them() -> None:
     assert shared.drain() == 1
 
 
+def test_a_look_at_an_eventfd_is_not_interrupted_by_a_signal() -> None:
+    rang = 0
+
+    def ring(*_: object) -> None:
+        nonlocal rang
+        rang += 1
+
+    before, event = signal.signal(signal.SIGALRM, ring), EventFd()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5, 1e-5)
+        while rang < 1000:
+            assert not event.wait(0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_waiting_lets_signal_handlers_run() -> None:
     class Rang(Exception):
         pass

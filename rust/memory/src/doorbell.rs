@@ -151,11 +151,13 @@ impl EventFd {
     /// Whether it is ready for this now.
     fn polls(&self, events: libc::c_short) -> Result<bool, MemoryError> {
         let mut polled = libc::pollfd { fd: self.fd.as_raw_fd(), events, revents: 0 };
-        // SAFETY: one pollfd.
-        match unsafe { libc::poll(&raw mut polled, 1, 0) } {
-            ready if ready >= 0 => Ok(polled.revents & events != 0),
-            _ if last_errno() == libc::EINTR => Ok(false),
-            _ => Err(MemoryError::last_os("poll")),
+        loop {
+            // SAFETY: one pollfd.
+            match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+                ready if ready >= 0 => return Ok(polled.revents & events != 0),
+                _ if last_errno() == libc::EINTR => {}
+                _ => return Err(MemoryError::last_os("poll")),
+            }
         }
     }
 
