@@ -285,8 +285,8 @@ def test_waiting_lets_signal_handlers_run() -> None:
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         with pytest.raises(Rang):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
             EventFd().wait()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
