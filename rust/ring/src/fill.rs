@@ -3,11 +3,8 @@
 use crate::ring::Fill;
 use virtio_memory::RegionTable;
 
-/// How many buffers are looked at before the first of them is filled.
+/// How many buffers are looked at, and the processor is asked for, before the first of them is filled: the more, the better they overlap.
 pub(crate) const ROOM: usize = 64;
-
-/// How many buffers ahead of the one that is filled the processor is asked for.
-const AHEAD: usize = 8;
 
 /// A buffer of one writable descriptor: what the used ring calls it, and where it is. Once it is filled, `len` says how far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,14 +17,10 @@ pub(crate) struct Found {
 /// Fills buffers until the filler leaves one alone; how many.
 #[inline(always)]
 pub(crate) fn fill_all<F: Fill>(found: &mut [Found], memory: &RegionTable, filler: &mut F) -> usize {
-    for soon in found.iter().take(AHEAD) {
+    for soon in &*found {
         filler.soon(memory, soon.address, soon.len);
     }
-    for done in 0..found.len() {
-        if let Some(soon) = found.get(done + AHEAD) {
-            filler.soon(memory, soon.address, soon.len);
-        }
-        let buffer = &mut found[done];
+    for (done, buffer) in found.iter_mut().enumerate() {
         let Some(len) = filler.fill(memory, buffer.address, buffer.len) else { return done };
         buffer.len = buffer.len.min(len);
     }
