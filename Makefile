@@ -90,7 +90,7 @@ stubs:
 	python -m mypy.stubtest virtio._core
 
 python: # in two processes: that halves it on two cores
-	$(PYTEST) --numprocesses 2 --dist worksteal -m "not slow and not qemu and not uml and not guest and not dpdk and not libvirt"
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not slow and not qemu and not uml and not guest and not dpdk and not libvirt"
 
 qemu-tools: ## QEMU in two releases, ip, ping and iperf3, where missing
 	@scripts/qemu.sh

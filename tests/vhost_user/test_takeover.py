@@ -1,8 +1,11 @@
 """Rings of a back-end that was killed, from a front-end that has forgotten where they were, as QEMU's network card does."""
 
+from contextlib import ExitStack
+from pathlib import Path
+
 import pytest
 
-from tests.vhost_user.frontend import GUEST, Frontend
+from tests.vhost_user.frontend import GUEST, USER, Frontend
 from virtio import DriverQueue, Feature, NetDevice
 from virtio.features import Features
 from virtio.vhost_user import message as wire
@@ -80,3 +83,75 @@ def test_a_notification_that_a_killed_back_end_owed_is_made_up_for(path: str, fe
         frontend.calls[0].drain()
         frontend.start(queue, base=base)  # enabled last
         assert frontend.calls[0].drain()
+
+
+CHAINS = SINGLES | {Feature.IN_ORDER}
+
+
+def send_three(frontend: Frontend, queue: DriverQueue, *, two: int | None) -> None:
+    """Three chains, one of them of two descriptors."""
+    for number in range(3):
+        queue.add(number, readable=[frontend.room(12), frontend.room(60)] if number == two else [frame(frontend, number)])
+    queue.publish()
+
+
+@pytest.mark.parametrize("features", [SINGLES, CHAINS], ids=["any order", "in order"])
+@pytest.mark.parametrize("again", ["address", "error", "another back-end"])
+def test_a_front_end_that_knows_the_base_is_believed(path: str, tmp_path: Path, features: Features, again: str) -> None:
+    """Whatever the descriptors look like: what is left of longer chains, or of what one used descriptor stands for."""
+    with ExitStack() as stack:
+        device = NetDevice()
+        backend = stack.enter_context(Backend(path, device))
+        frontend = stack.enter_context(Frontend.at(path, backend))
+        frontend.negotiate(features)
+        queues = [frontend.queue(index, SIZE) for index in range(2)]
+        for queue in queues:
+            frontend.start(queue)
+        send_three(frontend, queues[1], two=None if features == CHAINS else 1)
+        frontend.turn()
+        burst = device.pool.burst(SIZE)
+        assert device.receive(burst) == 3
+        device.take(burst)
+        table = queues[1].areas[0] - GUEST
+        before = frontend.memory.read(table, 16 * 4)
+        if again == "address":
+            descriptor, driver, used = (area - GUEST + USER for area in queues[1].areas)
+            frontend.ask(F.SET_VRING_ADDR, wire.VringAddr(1, 0, descriptor, used, driver, 0))
+        elif again == "error":
+            frontend.ask(F.SET_VRING_ERR, wire.U64(1), [frontend.errors[1].fileno()])
+        else:
+            bases = [frontend.stop(index) for index in range(2)]
+            device = NetDevice()
+            backend = stack.enter_context(Backend(str(tmp_path / "other"), device))
+            other = stack.enter_context(Frontend.at(str(tmp_path / "other"), backend))
+            own = {name: getattr(other, name) for name in ("memory", "kicks", "calls", "errors")}
+            stack.callback(vars(other).update, own)
+            vars(other).update({name: getattr(frontend, name) for name in own})
+            other.negotiate(features)
+            for queue, base in zip(queues, bases, strict=True):
+                other.start(queue, base=base)
+            frontend = other
+            burst = device.pool.burst(SIZE)
+        assert frontend.memory.read(table, 16 * 4) == before
+        send(frontend, queues[1], range(3, 5))
+        frontend.turn()
+        assert [burst.tobytes(index)[0] for index in range(device.receive(burst))] == [3, 4]
+        device.take(burst)
+        assert [token for token, _ in queues[1].pop_used()] == [*range(5)]
+
+
+@pytest.mark.parametrize("base", [0, 0x8000])
+def test_a_ring_that_was_stopped_before_it_ran_begins_as_it_was_told(path: str, base: int) -> None:
+    """However its front-end spells the beginning of a packed ring."""
+    device = NetDevice()
+    with Backend(path, device) as backend, Frontend.at(path, backend) as frontend:
+        frontend.negotiate(SINGLES)
+        queue = frontend.queue(0, SIZE)
+        frontend.start(frontend.queue(1, SIZE))
+        frontend.start(queue, base=base, enabled=False)
+        frontend.start(queue, base=frontend.stop(0))
+        queue.add("room", writable=[frontend.room(200)])
+        queue.publish()
+        frontend.turn()
+        assert device.send_frames([b"f" * 60]) == 1
+        assert queue.pop_used() == [("room", 72)]

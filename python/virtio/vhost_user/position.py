@@ -17,7 +17,10 @@ USED: Final = int(DescriptorFlag.USED)
 START: Final = 1 << 31 | 1 << 15
 """The base of a ring that nobody has used: position 0 and wrap counter 1, for available and for used descriptors."""
 DESCRIPTOR: Final = 16
+ID_AT: Final = 12
 FLAGS_AT: Final = 14
+PLACE: Final = 0x7FFF
+"""Of the lower half of a base: the position, less the wrap counter."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,18 @@ def find_position(flags: Sequence[int]) -> Position | None:
         return None
     owed = runs[1][1]
     return Position(_base(owed[0], rounds[owed[0]]), owed, runs[2][1] if len(runs) > 2 else ())
+
+
+def may_be_right(memory: GuestMemory, table: int, size: int, position: Position, told: int) -> bool:
+    """Whether a front-end may be right that tells this base. The oldest of what looks owed may be what is left of a chain of two
+    descriptors: it has the id of the used one before it, and is no table. The ring then goes on behind that and what was used since."""
+    if not position.owed or (len(position.owed) > 1 and position.taken):
+        return False
+    first, *others = (*position.owed, *position.taken, ((position.owed + position.taken)[-1] + 1) % size)
+    end = others[-1] if len(position.owed) == 1 else others[0]
+    looked = [memory.load(table + DESCRIPTOR * index + ID_AT, 2) for index in (first, first - 1 if first else size - 1)]
+    is_table = memory.load(table + DESCRIPTOR * first + FLAGS_AT, 2) & DescriptorFlag.INDIRECT
+    return told & PLACE == end and looked[0] == looked[1] and not is_table
 
 
 def put_in_order(memory: GuestMemory, table: int, position: Position) -> int:

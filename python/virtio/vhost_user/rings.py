@@ -17,7 +17,7 @@ from virtio.features import Features
 from virtio.spec import DeviceId, Feature
 from virtio.vhost_user import effects as fx
 from virtio.vhost_user.backend_session import Answer
-from virtio.vhost_user.position import DESCRIPTOR, FLAGS_AT, START, USED, find_position, put_in_order
+from virtio.vhost_user.position import DESCRIPTOR, FLAGS_AT, START, USED, find_position, may_be_right, put_in_order
 from virtio.vhost_user.regions import area_lengths
 from virtio.vhost_user.serving import Loop, Ring
 from virtio.vhost_user.tracking import InflightArea
@@ -74,7 +74,7 @@ class Rings:
                 ring = self._stopped(index)
                 if base != ring.base and self._inflight is not None:
                     self._inflight.forget(index)  # not the ring that stopped there
-                ring.base = base
+                ring.base, ring.exact = base, ring.exact and base == ring.base
             case fx.SetVringAddr(index, areas, log):
                 self.take_off(index)
                 self.each[index].areas, self.each[index].log = areas, log
@@ -82,7 +82,7 @@ class Rings:
                 self.each[index].enabled = enabled
             case fx.StopVring(index):
                 ring = self._stopped(index)
-                ring.kick, ring.left_at = _replaced(ring.kick, None), ring.base
+                ring.kick = _replaced(ring.kick, None)
                 return ring.base
             case fx.BreakVring(index, error):
                 self.take_off(index)
@@ -218,7 +218,7 @@ class Rings:
         """Where the ring resumes. Some front-ends give packed rings no base at all, and a ring that no device wrote tells; some give only
         the available position, as if there were 16 bits, and nothing is then in flight."""
         assert ring.areas is not None and self.features is not None
-        if not self.packed or ring.base == ring.left_at:
+        if not self.packed or ring.exact:
             return ring.base
         if (found := self._found(ring, ring.areas[0])) is not None:
             return found
@@ -229,16 +229,19 @@ class Rings:
         return ring.base << 16 | ring.base
 
     def _found(self, ring: Ring, table: int) -> int | None:
-        """Where a packed ring tells itself that it resumes, if that is asked. QEMU, whose back-end vanished, says that it is at the start,
-        or where its own network device stopped, which has transmitted for a moment."""
+        """Where a packed ring tells itself that it resumes, if its front-end is not to be believed. QEMU, whose back-end vanished, says
+        that it is at the start, or where its own network device stopped, which has transmitted for a moment."""
         assert self.features is not None
-        indirect = Feature.INDIRECT_DESC in self.features  # without it drivers have chains of many descriptors, which look like others
-        doubtful = ring.base == START or (indirect and self._device.device_id == DeviceId.NETWORK)
+        # Without INDIRECT_DESC drivers have chains of many descriptors, and in order one used descriptor may stand for many.
+        lone = Feature.INDIRECT_DESC in self.features and Feature.IN_ORDER not in self.features
+        doubtful = ring.base == START or (lone and self._device.device_id == DeviceId.NETWORK)
         if self._inflight is not None or not doubtful:
             return None
         memory = self._device.memory
         found = find_position([memory.load(table + DESCRIPTOR * index + FLAGS_AT, 2) for index in range(ring.size)])
-        if found is None or (found.taken and (not indirect or Feature.IN_ORDER in self.features)):
+        if found is None or (found.taken and not lone):
+            return None
+        if (found.taken or ring.base != START) and may_be_right(memory, table, ring.size, found, ring.base):
             return None
         return put_in_order(memory, table, found)
 
@@ -251,9 +254,9 @@ class Rings:
         if ring.on:
             ring.on, self._busy = False, None
             with suppress(StatusError):  # the device was reset behind our back
-                ring.base = self._device.stop_queue(index)
+                ring.base, ring.exact = self._device.stop_queue(index), True
         if ring.discarding is not None:
-            ring.base = ring.discarding.base
+            ring.base, ring.exact = ring.discarding.base, True
             ring.discarding.close()
             ring.discarding = None
 

@@ -32,8 +32,8 @@ class Ring:
     log: int | None = None
     """Where writes to the device area are logged, if that is not where it lies."""
     base: int = 0
-    left_at: int | None = None
-    """Where it was when it was stopped on this connection."""
+    exact: bool = False
+    """Whether that is where it was taken off on this connection."""
     kick: EventFd | None = None
     call: EventFd | None = None
     error: EventFd | None = None

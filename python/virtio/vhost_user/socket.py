@@ -23,8 +23,8 @@ LONGEST_PATH: Final = 107
 """Bytes of a socket's path that the kernel takes."""
 MOST_WAITING: Final = 1 << 20
 """Bytes of replies that a peer may leave unread."""
-LOCKED: Final = 5.0
-"""Seconds for which a folder is waited for in which somebody else begins to listen."""
+LOCKED: Final = 1.0
+"""Seconds that another may keep a folder before nobody waits for it any more: many times what `listen` takes."""
 _ROOM: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 
@@ -64,9 +64,10 @@ def listen(path: str) -> socket.socket:
 
 @contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Nobody else is here meanwhile for a path in the same folder: a lock on that, which leaves no file. TransportError: it cannot be had.
+    """Nobody else is here meanwhile for a path in the same folder: a lock on that, which leaves no file.
 
-    A folder that this user may not read, or whose file system has no locks, is as it would be without.
+    A folder that this user may not read, whose file system has no locks, or that somebody keeps locked (against ageing, say), is as it
+    would be without.
     """
     try:
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -75,9 +76,7 @@ def _alone(path: str) -> Iterator[None]:
         return
     try:
         end = monotonic() + LOCKED
-        while not _locked(folder):
-            if monotonic() > end:
-                raise TransportError(f"cannot listen on {path}: its folder has been locked by somebody else for {LOCKED:g} s")
+        while not _locked(folder) and monotonic() < end:
             sleep(0.005)
         yield
     finally:

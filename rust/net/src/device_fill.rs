@@ -33,7 +33,7 @@ impl Fill for Packets<'_> {
         if total > len || read_header(pool, &row, self.rules).ok()? != Header::default() {
             return None;
         }
-        let place = memory.place(address, total as usize)?;
+        let place = memory.place(address, len as usize)?; // all of it has to be mapped, though not all is written
         place.write(0, &Header::default().with_num_buffers(1).bytes()).ok()?;
         let at = pool.slot_offset(row.slot) + row.offset as usize;
         place.copy_in(Header::SIZE, row.length as usize, pool.mapping(), at).ok()?;
