@@ -176,7 +176,7 @@ class Rings:
             if self._poll and (queue := device.queue(index)) is not None:
                 queue.disarm()
             ring.kick.signal()  # what was published before is looked at, and who waits for the device wakes
-            if call is not None:
+            if call is not None and not ring.exact and base not in (0, START):
                 with suppress(OSError):  # whoever is told next reports it
                     call.signal()  # whoever served it before may have been killed before it told
         else:
