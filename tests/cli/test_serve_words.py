@@ -91,6 +91,15 @@ def test_a_capture_of_before_stays_until_it_is_served(path: Path, tmp_path: Path
         served.end()
 
 
+def test_two_do_not_write_one_capture(tmp_path: Path) -> None:
+    capture = tmp_path / "c"
+    with serving("net", "--socket-path", str(tmp_path / "s"), "--pcap", str(capture)) as served:
+        words = ("serve", "net", "--socket-path", str(tmp_path / "t"), "--pcap", str(capture))
+        assert failed(run(*words), 1) == f"virtio: cannot write {capture}: it is in use"
+        assert capture.stat().st_size == 24 and not (tmp_path / "t").exists()
+        served.end()
+
+
 def test_without_descriptors_it_says_what_there_are_none_of(path: Path) -> None:
     done = run("serve", "rng", "--socket-path", str(path), before=("sh", "-c", 'ulimit -n 6; exec "$@"', "sh"))
     assert failed(done, 1).endswith(": Too many open files") and "Errno" not in done.stderr

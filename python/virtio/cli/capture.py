@@ -1,5 +1,6 @@
 """Frames as a capture that tcpdump reads: the classic file format, with times in nanoseconds."""
 
+import fcntl
 import os
 import stat
 import struct
@@ -23,7 +24,7 @@ class Capture:
     """Writes whole frames into a file, each burst at once."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens the file, or makes it. What is in it stays until `begin`. CommandError: that cannot be."""
+        """Opens the file, or makes it. What is in it stays until `begin`. CommandError: that cannot be, or another writes it."""
         self._path = os.fspath(path)
         self._error: CommandError | None = None
         self._failed = EventFd()
@@ -31,13 +32,30 @@ class Capture:
             self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115  # see `close`
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CommandError(f"cannot write {self._path}: {error.strerror if isinstance(error, OSError) else error}") from None
+        if self._regular and not self._alone():
+            self._file.close()
+            raise CommandError(f"cannot write {self._path}: it is in use")
         self.frames = 0
 
     def begin(self) -> None:
         """Replaces what is in the file by a capture without frames. CommandError: the file does not take it."""
-        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+        if self._regular:
             self._file.truncate(0)
         self._write(_FILE.pack(MAGIC, 2, 4, 0, 0, LONGEST, ETHERNET))
+
+    @property
+    def _regular(self) -> bool:
+        return stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+
+    def _alone(self) -> bool:
+        """Whether no other capture goes into the file, nor will until this one is closed."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks here
+            pass
+        return True
 
     def fileno(self) -> int:
         """Readable when the file took no more."""
