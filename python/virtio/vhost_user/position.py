@@ -60,13 +60,14 @@ def find_position(flags: Sequence[int]) -> Position | None:
 def may_be_right(memory: GuestMemory, table: int, size: int, position: Position, told: int) -> bool:
     """Whether a front-end may be right that tells this base. The oldest of what looks owed may be what is left of a chain of two
     descriptors: it has the id of the used one before it, and is no table. The ring then goes on behind that and what was used since."""
-    if not position.owed or (len(position.owed) > 1 and position.taken):
+    owed, taken = position.owed, position.taken
+    if not owed or (len(owed) > 1 and taken):
         return False
-    first, *others = (*position.owed, *position.taken, ((position.owed + position.taken)[-1] + 1) % size)
-    end = others[-1] if len(position.owed) == 1 else others[0]
-    looked = [memory.load(table + DESCRIPTOR * index + ID_AT, 2) for index in (first, first - 1 if first else size - 1)]
+    first, before = owed[0], (owed[0] - 1) % size
+    end = owed[1] if len(owed) > 1 else (first + len(taken) + 1) % size
+    same = memory.load(table + DESCRIPTOR * first + ID_AT, 2) == memory.load(table + DESCRIPTOR * before + ID_AT, 2)
     is_table = memory.load(table + DESCRIPTOR * first + FLAGS_AT, 2) & DescriptorFlag.INDIRECT
-    return told & PLACE == end and looked[0] == looked[1] and not is_table
+    return told & PLACE == end and same and not is_table
 
 
 def put_in_order(memory: GuestMemory, table: int, position: Position) -> int:

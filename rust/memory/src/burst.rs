@@ -215,8 +215,25 @@ impl Burst {
     /// `all` as in [`Burst::validate_as`].
     #[inline]
     pub fn check_short(&self, state: &mut PoolState, all: Option<u32>) -> bool {
-        let (count, slot_size, owner) = (self.count(), self.pool.slot_size() as u64, self.owner);
-        let stamp = state.begin();
+        self.each_short(state, 0, all, |_| ())
+    }
+
+    /// As [`Burst::check_short`], where every row begins `headroom` bytes behind its slot's start or later; they are left in `rows`.
+    #[inline]
+    pub fn read_short(&self, state: &mut PoolState, rows: &mut Vec<Row>, headroom: usize) -> bool {
+        rows.resize(self.count(), Row::default());
+        let mut places = rows.iter_mut();
+        self.each_short(state, headroom, None, |row| {
+            if let Some(place) = places.next() {
+                *place = row;
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn each_short(&self, state: &mut PoolState, headroom: usize, all: Option<u32>, mut read: impl FnMut(Row)) -> bool {
+        let (count, slot_size, least, owner) = (self.count(), self.pool.slot_size() as u64, headroom as u64, self.owner);
+        let (stamp, span) = (state.begin(), slot_size.saturating_sub(least));
         let (_, entries) = state.parts();
         // Slices first: a relaxed load makes the compiler forget what it read through `self`.
         let (slots, offsets) = (&self.slots[..count], &self.offsets[..count]);
@@ -226,36 +243,12 @@ impl Burst {
             let (length, more) = (lengths.get(row) as u64, more[row].load(Relaxed));
             // Negative numbers are large ones.
             let Some(entry) = entries.get_mut(slot as usize) else { return false };
-            let room = slot_size.wrapping_sub(offset);
-            if entry.owner != owner || entry.stamp == stamp || offset >= slot_size || length.wrapping_sub(1) >= room || more != 0 {
-                return false;
-            }
-            entry.stamp = stamp;
-        }
-        true
-    }
-
-    /// As [`Burst::validate`], where every row is a packet of its own that begins `headroom` bytes behind its slot's start or later: true if
-    /// they all are, and legal. Otherwise nothing is known of them.
-    #[inline]
-    pub fn read_short(&self, state: &mut PoolState, rows: &mut Vec<Row>, headroom: usize) -> bool {
-        let (count, slot_size, least, owner) = (self.count(), self.pool.slot_size() as u64, headroom as u64, self.owner);
-        rows.resize(count, Row::default());
-        let (stamp, span) = (state.begin(), slot_size.saturating_sub(least));
-        let (_, entries) = state.parts();
-        // Slices first: a relaxed load makes the compiler forget what it read through `self`.
-        let (slots, offsets, lengths, more) = (&self.slots[..count], &self.offsets[..count], &self.lengths[..count], &self.more[..count]);
-        for (index, row) in rows.iter_mut().enumerate() {
-            let (slot, offset) = (slots[index].load(Relaxed) as u64, offsets[index].load(Relaxed) as u64);
-            let (length, more) = (lengths[index].load(Relaxed) as u64, more[index].load(Relaxed));
-            // Negative numbers are large ones.
-            let Some(entry) = entries.get_mut(slot as usize) else { return false };
             let (before, room) = (offset.wrapping_sub(least), slot_size.wrapping_sub(offset));
             if entry.owner != owner || entry.stamp == stamp || before >= span || length.wrapping_sub(1) >= room || more != 0 {
                 return false;
             }
             entry.stamp = stamp;
-            *row = Row { slot: slot as u32, offset: offset as u32, length: length as u32, more: false };
+            read(Row { slot: slot as u32, offset: offset as u32, length: length as u32, more: false });
         }
         true
     }

@@ -164,7 +164,7 @@ impl EventFd {
     /// Waits until it is signalled, at most `timeout` (`None`: for ever); true if it is. The signals stay until [`EventFd::drain`].
     ///
     /// # Errors
-    /// `Os` with EINTR if a signal handler ran, so that the caller can act on it and wait again.
+    /// `Os` with EINTR if a signal handler ran while it waited, so that the caller can act on it and wait again.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool, MemoryError> {
         wait_each([self], timeout).map(|[ready]| ready)
     }
@@ -190,9 +190,16 @@ fn wait_each<const N: usize>(events: [&EventFd; N], timeout: Option<Duration>) -
     });
     let limit = limit.as_ref().map_or(std::ptr::null(), |limit| limit);
     let mut polls = events.map(|event| libc::pollfd { fd: event.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
-    // SAFETY: as many pollfds as are named, a time limit or null, and no signal mask.
-    let ready = unsafe { libc::ppoll(polls.as_mut_ptr(), N as libc::nfds_t, limit, std::ptr::null()) };
-    if ready < 0 { Err(MemoryError::last_os("ppoll")) } else { Ok(polls.map(|poll| poll.revents != 0)) }
+    loop {
+        // SAFETY: as many pollfds as are named, a time limit or null, and no signal mask.
+        let ready = unsafe { libc::ppoll(polls.as_mut_ptr(), N as libc::nfds_t, limit, std::ptr::null()) };
+        if ready >= 0 {
+            return Ok(polls.map(|poll| poll.revents != 0));
+        }
+        if timeout != Some(Duration::ZERO) || last_errno() != libc::EINTR {
+            return Err(MemoryError::last_os("ppoll"));
+        } // a signal is told of even where there is nothing to wait for
+    }
 }
 
 impl AsFd for EventFd {

@@ -97,13 +97,7 @@ impl EventFd {
     fn wait(&self, py: Python<'_>, timeout: Option<Seconds>) -> Result<bool, Error> {
         let timeout = timeout.map(|timeout| timeout.duration("timeout")).transpose()?;
         if timeout.is_some_and(|timeout| timeout.is_zero()) {
-            let event = self.event(py)?;
-            loop {
-                match event.wait(timeout) {
-                    Err(MemoryError::Os { errno: EINTR, .. }) => py.check_signals()?, // it tells so even where it need not wait
-                    result => return Ok(result?),
-                }
-            }
+            return Ok(self.event(py)?.wait(timeout)?);
         }
         let [event, closed] = self.event_and_close(py)?;
         let began = Instant::now();
