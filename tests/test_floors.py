@@ -42,6 +42,7 @@ PLACES: dict[str, tuple[int, str]] = {
     "virtio.pool": (2, ""),
     "virtio.waiting": (2, ""),
     "virtio.arguments": (1, ""),
+    "virtio.locks": (1, ""),
     "virtio.spec": (1, ""),
     "virtio.features": (1, ""),
     "virtio.errors": (1, ""),

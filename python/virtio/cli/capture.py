@@ -1,6 +1,5 @@
 """Frames as a capture that tcpdump reads: the classic file format, with times in nanoseconds."""
 
-import fcntl
 import os
 import stat
 import struct
@@ -10,6 +9,7 @@ from typing import Final, Self
 
 from virtio import BufferPool, Burst, EventFd
 from virtio.cli.output import CommandError
+from virtio.locks import lock
 
 MAGIC: Final = 0xA1B2_3C4D
 """Times are in nanoseconds."""
@@ -32,7 +32,7 @@ class Capture:
             self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115  # see `close`
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CommandError(f"cannot write {self._path}: {error.strerror if isinstance(error, OSError) else error}") from None
-        if self._regular and not self._alone():
+        if self._regular and not lock(self._file):  # another would write into it
             self._file.close()
             raise CommandError(f"cannot write {self._path}: it is in use")
         self.frames = 0
@@ -46,16 +46,6 @@ class Capture:
     @property
     def _regular(self) -> bool:
         return stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
-
-    def _alone(self) -> bool:
-        """Whether no other capture goes into the file, nor will until this one is closed."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # no locks here
-            pass
-        return True
 
     def fileno(self) -> int:
         """Readable when the file took no more."""

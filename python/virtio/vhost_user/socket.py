@@ -4,7 +4,6 @@ A read never takes more bytes than the message needs, so that descriptors stay w
 """
 
 import array
-import fcntl
 import os
 import socket
 import stat
@@ -16,6 +15,7 @@ from typing import Final, NamedTuple, Self
 
 from virtio import arguments
 from virtio.errors import TransportError
+from virtio.locks import lock
 from virtio.vhost_user.backend_session import Send
 from virtio.vhost_user.message import HEADER, MAX_BODY, MAX_DESCRIPTORS
 
@@ -76,21 +76,11 @@ def _alone(path: str) -> Iterator[None]:
         return
     try:
         end = monotonic() + LOCKED
-        while not _locked(folder) and monotonic() < end:
+        while not lock(folder) and monotonic() < end:
             sleep(0.005)
         yield
     finally:
         os.close(folder)
-
-
-def _locked(folder: int) -> bool:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _remove_stale(path: str) -> None:
