@@ -180,6 +180,24 @@ fn mistakes_of_the_driver_are_left_to_be_popped() {
 }
 
 #[test]
+fn device_06_what_is_offered_twice_in_one_batch_is_filled_twice_and_takes_two_slots() {
+    let rig = Rig::new(Format::Split, 4, PLAIN);
+    let (raw, mut device) = (rig.raw_split(), rig.device());
+    raw.set_desc(0, desc(rig.data, 16, 2));
+    (0..4).for_each(|number| raw.offer(number, 0));
+    raw.set_avail_idx(4);
+    assert_eq!(device.fill_batch(9, &mut filler(9)), (4, Filled::Empty));
+    raw.set_avail_idx(5);
+    assert_eq!(device.fill_batch(9, &mut filler(9)), (0, Filled::Other), "every slot is taken");
+
+    let rig = Rig::new(Format::Packed, 4, PLAIN);
+    let (raw, mut device) = (rig.raw_packed(), rig.device());
+    (0..4).for_each(|number| raw.offer(number, desc(rig.data, 16, 2)));
+    assert_eq!(device.fill_batch(9, &mut filler(9)).0, 4);
+    assert_eq!(device.fill_batch(9, &mut filler(9)), (0, Filled::Other), "every slot is taken");
+}
+
+#[test]
 fn directions_do_not_matter_to_what_comes_after() {
     each(PLAIN, |rig| {
         let (mut driver, mut device) = (rig.driver(), rig.device());
